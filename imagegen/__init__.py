@@ -1,0 +1,57 @@
+"""imagegen: text-to-image in one line, with proof that it is still the same picture.
+
+Every name below is imported when it is first used, so that `import imagegen` costs nothing and the
+commands that need no model import no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from imagegen.request import DataError, Error, ModelError, PlanError, ReceiptError, RequestError
+
+if TYPE_CHECKING:
+    from imagegen.model import Model, Step, load
+    from imagegen.receipt import Receipt, read_receipt
+    from imagegen.reference import Verdict, replay
+    from imagegen.request import Request
+    from imagegen.result import Picture, Result
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Model": "model",
+    "Picture": "result",
+    "Receipt": "receipt",
+    "Request": "request",
+    "Result": "result",
+    "Step": "model",
+    "Verdict": "reference",
+    "load": "model",
+    "read_receipt": "receipt",
+    "replay": "reference",
+}
+__all__ = [
+    "DataError",
+    "Error",
+    "Model",
+    "ModelError",
+    "Picture",
+    "PlanError",
+    "Receipt",
+    "ReceiptError",
+    "Request",
+    "RequestError",
+    "Result",
+    "Step",
+    "Verdict",
+    "load",
+    "read_receipt",
+    "replay",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'imagegen' has no attribute {name!r}")
+    return getattr(import_module(f"imagegen.{_HOME[name]}"), name)

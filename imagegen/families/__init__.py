@@ -1,0 +1,1 @@
+"""One module per way of making a picture."""

@@ -1,0 +1,64 @@
+"""Facts about this machine and its libraries, as receipts and reports state them."""
+
+import os
+import platform
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of imagegen, Python and the libraries that decide a picture."""
+    from imagegen import __version__
+
+    found = {"imagegen": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@cache
+def cpu_name() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
+    """Return what a receipt says of the machine: versions, device by name, dtype."""
+    if device.type == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = cpu_name()
+    return versions() | {"device": f"{device.type} ({name})", "dtype": str(dtype).removeprefix("torch.")}
+
+
+def machine() -> dict[str, Any]:
+    """Return this machine: processor, usable cores, memory in GiB, system, Python."""
+    memory_gib = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory_gib = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu_name(),
+        "cores": cores,
+        "memory_gib": memory_gib,
+        "system": platform.platform(),
+        "python": sys.version.split()[0],
+    }

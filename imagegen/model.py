@@ -1,0 +1,253 @@
+"""Model: load it, ask it for pictures, or follow it step by step.
+
+A model is a stream of steps. `generate` reads the stream to its end; a progress bar, a live preview
+and a stop button read the same stream. Knows nothing of diffusers.
+"""
+
+import time
+import warnings
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+
+import torch
+
+from imagegen import receipt as receipts
+from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, Family, embedded_folder, family_of
+from imagegen.families import diffusion
+from imagegen.measure import environment
+from imagegen.request import ModelError, Request, RequestError, build_request
+from imagegen.result import Picture, Result
+from imagegen.speed import Plan, find_plan
+from imagegen.weights import hash_weights
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Settings(TypedDict, total=False):
+    """What `generate` and `stream` take besides the prompt; None stands for the model's default."""
+
+    seed: int | None
+    num_images: int | None
+    num_steps: int | None
+    guidance: float | None
+    negative_prompt: str | None
+    width: int | None
+    height: int | None
+    scheduler: str | None
+    image: "Image | str | Path | None"
+    strength: float | None
+    mask: "Image | str | Path | None"
+    noise: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """The work after one denoising step; the last one carries the result.
+
+    Attributes:
+        index: number of the step, from 0.
+        num_steps: steps of this run.
+        elapsed_s: seconds since the stream began.
+        latents: (B, C, h, w), the state after this step, on the model's device.
+        result: the finished pictures, on the last step only.
+    """
+
+    index: int
+    num_steps: int
+    elapsed_s: float
+    latents: torch.Tensor
+    result: Result | None = None
+    _original: torch.Tensor | None = field(default=None, repr=False)
+    _model: "Model | None" = field(default=None, repr=False)
+    _size: tuple[int, int] = field(default=(0, 0), repr=False)
+
+    def preview(self, index: int) -> "Image":
+        """Return picture `index` as far as it is known now: RGB, the size of the finished picture."""
+        if self.result is not None:
+            return self.result.images[index]
+        assert self._model is not None and self._original is not None
+        return diffusion.decode_preview(self._model.pipeline, self._original[index], self._size)
+
+
+class Model:
+    """A loaded model.
+
+    Attributes:
+        source: what it was loaded from: `emoji` or a folder.
+        folder: where its files are.
+        family: what it can make, and its defaults.
+        pipeline: the diffusers pipeline, for everything that is not here.
+        plan: the speed plan.
+        applied: what each lever of the plan did, and why not.
+    """
+
+    def __init__(self, source: str, folder: Path, family: Family, pipeline: Any, plan: Plan) -> None:
+        """Wrap a loaded pipeline; users call `load`."""
+        self.source = source
+        self.folder = folder
+        self.family = family
+        self.pipeline = pipeline
+        self.plan = plan
+        self.applied: list[dict[str, Any]] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.pipeline.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.pipeline.dtype
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every weight file by its path inside the folder."""
+        return hash_weights(self.folder)
+
+    def set_plan(self, plan: str | Plan) -> None:
+        """Change the speed plan.
+
+        Raises:
+            PlanError: there is no such plan.
+        """
+        self.plan = find_plan(plan)
+
+    def generate(self, prompt: str, **settings: Unpack[Settings]) -> Result:
+        """Make pictures from a prompt.
+
+        Args:
+            prompt: what to draw.
+            **settings: `seed`, `num_images`, `num_steps`, `guidance` (1 is off), `negative_prompt`,
+                `width`, `height` (pixels), `scheduler`; `image` with `strength` repaints a picture,
+                `mask` only where it is white; `noise` (B, C, h, w) of unit variance replaces the
+                noise that the seeds would draw.
+
+        Raises:
+            RequestError: a setting is wrong; the message says which and what to do.
+        """
+        *_, last = self.stream(prompt, **settings)
+        assert last.result is not None
+        return last.result
+
+    __call__ = generate
+
+    def stream(self, prompt: str, **settings: Unpack[Settings]) -> Generator[Step, None, None]:
+        """Make pictures step by step; takes what `generate` takes.
+
+        Yields a `Step` after every denoising step. Leaving the loop stops the work within one step
+        and leaves the model as it was. The last step carries `.result`.
+
+        Raises:
+            RequestError: a setting is wrong; raised here, before anything runs.
+        """
+        request = build_request(prompt, self.family, settings)
+        noise = settings.get("noise")
+        if noise is not None and not isinstance(noise, torch.Tensor):
+            raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
+        limit, cut = diffusion.cut_text(self.pipeline, request.prompt)
+        if cut:
+            warnings.warn(f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}", stacklevel=2)
+        states = diffusion.stream_steps(self.pipeline, request, noise)
+        return self._read(request, states, given_noise=noise is not None)
+
+    def _read(self, request: Request, states: Generator[Any, None, None], given_noise: bool) -> Generator[Step, None, None]:
+        """Turn the family's states into steps: one is held back, so that the last carries the result."""
+        started = time.perf_counter()
+        held: Step | None = None
+        size = (request.width, request.height)
+        try:
+            for state in states:
+                elapsed_s = time.perf_counter() - started
+                if isinstance(state, list):
+                    assert held is not None
+                    pictures = [
+                        Picture(image, self._receipt(request.of_picture(index), image, given_noise))
+                        for index, image in enumerate(state)
+                    ]
+                    yield replace(held, elapsed_s=elapsed_s, result=Result(pictures, elapsed_s))
+                    return
+                if held is not None:
+                    yield held
+                held = Step(state.index, state.num_steps, elapsed_s, state.latents, None, state.original, self, size)
+        finally:
+            states.close()
+
+    def _receipt(self, request: Request, image: "Image", given_noise: bool) -> receipts.Receipt:
+        card = CARDS.get(self.source)
+        return receipts.Receipt(
+            version=receipts.VERSION,
+            request=receipts.describe_request(request, given_noise),
+            pixels_sha256=receipts.pixels_sha256(image),
+            model={
+                "source": self.source,
+                "revision": None,
+                "family": self.family.name,
+                "sha256": self.hashes,
+                "licence": card.licence if card else None,
+            },
+            loras=[],
+            plan={"name": self.plan.name, "levers": list(self.applied)},
+            environment=environment(self.device, self.dtype) | {"scheduler": type(self.pipeline.scheduler).__name__},
+        )
+
+
+def load(
+    source: str | Path = EMBEDDED,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    plan: str | Plan = "exact",
+) -> Model:
+    """Load a model; touches no network.
+
+    Args:
+        source: `emoji`, the embedded model, or the folder of a diffusers model.
+        device: `cpu`, `cuda`, `cuda:1` …; by default CUDA where there is one.
+        dtype: a torch dtype or its name; by default the family's reference dtype.
+        plan: the speed plan.
+
+    Raises:
+        ModelError: the model is missing, broken, of an unknown kind, or cannot run there.
+        PlanError: there is no such plan.
+    """
+    chosen_plan = find_plan(plan)
+    chosen_device = _find_device(device)
+    name = str(source)
+    folder = embedded_folder() if name == EMBEDDED else Path(source)
+    pipeline_class = diffusion.read_index(folder)["_class_name"]
+    if folder.resolve() == embedded_folder().resolve():
+        name = EMBEDDED
+    family = family_of(name, pipeline_class)
+    if family is None:
+        known = sorted({known.pipeline for known in FAMILIES.values()})
+        raise ModelError(f"{name!r} is a {pipeline_class}, which this version does not run: it runs {', '.join(known)}")
+    pipeline = diffusion.load_pipeline(folder, chosen_device, _find_dtype(dtype, chosen_device, family))
+    size = diffusion.native_size(pipeline)
+    return Model(name, folder, replace(family, size_px=size) if size else family, pipeline, chosen_plan)
+
+
+def _find_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"unknown device {device!r}: use cpu, cuda, or cuda:1 …") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r} is not here: this torch sees no CUDA device; use device='cpu'")
+    return found
+
+
+def _find_dtype(dtype: str | torch.dtype | None, device: torch.device, family: Family) -> torch.dtype:
+    name = family.reference_dtype if dtype is None else str(dtype).removeprefix("torch.")
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    if found == torch.float16 and device.type == "cpu":
+        raise ModelError("float16 on a CPU is hundreds of times slower than float32: use dtype='bfloat16' or 'float32'")
+    return found

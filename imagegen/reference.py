@@ -1,0 +1,118 @@
+"""Replay: make a picture again from its receipt, and say whether it is the same one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imagegen import fidelity
+from imagegen.measure import versions
+from imagegen.model import Model, load
+from imagegen.receipt import Receipt, describe_request, open_picture, pixels_sha256
+from imagegen.request import ReceiptError, build_request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# The drift between fp32 runs that should be equal: over batch sizes and thread counts of one CPU.
+FLOOR_MAX_DIFFERENCE = 2  # of 255
+FLOOR_PSNR_DB = 50.0
+TAKEN_FROM_RECEIPT = (
+    "negative_prompt",
+    "seed",
+    "num_images",
+    "num_steps",
+    "guidance",
+    "width",
+    "height",
+    "scheduler",
+    "strength",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a picture could be made again.
+
+    Attributes:
+        same: same pixels within the noise floor, and same weights.
+        psnr_db: between the file and the new picture; infinite where they are equal.
+        max_difference: of any channel of any pixel, 0 to 255.
+        reasons: what differs, in words; empty where nothing does.
+        image: the new picture.
+    """
+
+    same: bool
+    psnr_db: float
+    max_difference: int
+    reasons: list[str]
+    image: "Image"
+
+
+def replay(
+    picture: str | Path,
+    *,
+    image: "Image | str | Path | None" = None,
+    mask: "Image | str | Path | None" = None,
+    model: Model | None = None,
+    device: str | None = None,
+) -> Verdict:
+    """Make a picture again from its receipt and compare.
+
+    Args:
+        picture: a PNG with a receipt.
+        image: the picture it was made from, for image-to-image and inpainting.
+        mask: the mask it was made with, for inpainting.
+        model: the model to use; by default the receipt's own is loaded.
+        device: where to load it.
+
+    Raises:
+        ReceiptError: there is no receipt, or one that cannot be replayed.
+        ModelError: the model is not here.
+        RequestError: the receipt's settings are not possible.
+    """
+    stored, receipt = open_picture(picture)
+    recorded = receipt.request
+    if recorded.get("noise"):
+        raise ReceiptError(f"{str(picture)!r} was made from noise given by the caller: it cannot be made again from its receipt")
+    for name, given, wanted in (("image", image, recorded.get("image_sha256")), ("mask", mask, recorded.get("mask_sha256"))):
+        if wanted and given is None:
+            raise ReceiptError(f"{str(picture)!r} was made with {name}=: give that picture again")
+        if given is not None and not wanted:
+            raise ReceiptError(f"{str(picture)!r} was made without {name}=: leave it out")
+    used = model or load(receipt.model["source"], device=device, dtype=receipt.environment.get("dtype"))
+    settings = {name: recorded[name] for name in TAKEN_FROM_RECEIPT if recorded.get(name) is not None} | {"num_images": 1}
+    request = build_request(recorded["prompt"], used.family, settings | {"image": image, "mask": mask})
+    remade = used.generate(request.prompt, **(settings | {"image": request.image, "mask": request.mask})).images[0]
+    reasons = _differences(receipt, used, describe_request(request, False), stored)
+    if remade.size != stored.size:
+        return Verdict(False, 0.0, 255, [*reasons, f"the picture is {stored.size}, the receipt makes {remade.size}"], remade)
+    psnr_db, largest = fidelity.psnr_db(stored, remade), fidelity.max_difference(stored, remade)
+    if largest > FLOOR_MAX_DIFFERENCE or psnr_db < FLOOR_PSNR_DB:
+        reasons.append(f"the pixels differ by up to {largest}/255 ({psnr_db:.1f} dB), more than the noise floor allows")
+        reasons += _changed_versions(receipt)
+    return Verdict(not reasons, psnr_db, largest, reasons, remade)
+
+
+def _differences(receipt: Receipt, model: Model, described: dict, stored: "Image") -> list[str]:
+    """Return what of the receipt no longer holds, pixels aside."""
+    reasons = []
+    if pixels_sha256(stored) != receipt.pixels_sha256:
+        reasons.append("the file's pixels are not those that the receipt was written for")
+    recorded, here = receipt.model["sha256"], model.hashes
+    changed = sorted(name for name in recorded.keys() | here.keys() if recorded.get(name) != here.get(name))
+    if changed:
+        reasons.append(f"other weights than recorded: {', '.join(changed)}")
+    for name in ("image_sha256", "mask_sha256"):
+        if described.get(name) != receipt.request.get(name):
+            reasons.append(f"the {name.removesuffix('_sha256')} given is not the one that was used")
+    return reasons
+
+
+def _changed_versions(receipt: Receipt) -> list[str]:
+    """Return the versions that changed since the receipt was written: they may explain a difference."""
+    now = versions()
+    return [
+        f"made with {name} {receipt.environment[name]}, now {now[name]}"
+        for name in now
+        if receipt.environment.get(name, now[name]) != now[name]
+    ]

@@ -1,0 +1,276 @@
+"""What a user asks for, and what is wrong with it: plain data, checked before any model runs.
+
+Knows nothing of torch or diffusers; what a model can make arrives as a `catalog.Family`.
+"""
+
+import difflib
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from imagegen.catalog import Family
+
+MAX_SEED = 2**53  # seeds pass through JSON, where integers are exact up to here
+MAX_PICTURES = 64
+MAX_STEPS = 1000
+
+
+class Error(ValueError):
+    """Everything that a user can get wrong: says what, which value, and what to do."""
+
+
+class RequestError(Error):
+    """The request cannot be made: a bad prompt, size, seed, picture or keyword."""
+
+
+class ModelError(Error):
+    """The model cannot be loaded or is not what its files say."""
+
+
+class PlanError(Error):
+    """The speed plan is unknown or cannot engage."""
+
+
+class DataError(Error):
+    """Training or reference data is missing or broken."""
+
+
+class ReceiptError(Error):
+    """The picture carries no receipt, or one that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: a prompt and everything that decides its pictures.
+
+    Attributes:
+        prompt: what to draw; not empty.
+        negative_prompt: what to steer away from; needs `guidance` above 1.
+        seed: seed of the first picture; picture *i* has `seed + i`.
+        num_images: pictures to make, 1 to 64.
+        num_steps: denoising steps, 1 to 1000.
+        guidance: classifier-free guidance; 1 is off and then not computed.
+        width: pixels, a multiple of the family's `multiple_px`.
+        height: pixels, likewise.
+        scheduler: a name from `sampling.SCHEDULERS`, or None for the model's own.
+        image: the picture to start from (RGB), or None.
+        strength: how much of `image` is repainted, above 0 up to 1; None without `image`.
+        mask: where to repaint (white, L), or None.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_images: int
+    num_steps: int
+    guidance: float
+    width: int
+    height: int
+    scheduler: str | None = None
+    image: "Image | None" = None
+    strength: float | None = None
+    mask: "Image | None" = None
+
+    @property
+    def mode(self) -> str:
+        """`text-to-image`, `image-to-image` or `inpainting`."""
+        if self.mask is not None:
+            return "inpainting"
+        return "text-to-image" if self.image is None else "image-to-image"
+
+    def of_picture(self, index: int) -> "Request":
+        """Return the request that makes picture `index` alone: its own seed, one image."""
+        return replace(self, seed=self.seed + index, num_images=1)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the request as JSON-ready data, pictures left out (receipts name them by hash)."""
+        left_out = {"image", "mask"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+
+KEYWORDS: tuple[str, ...] = (
+    *("seed", "num_images", "num_steps", "guidance", "negative_prompt", "width", "height", "scheduler"),
+    *("image", "strength", "mask", "noise"),
+)
+# What other libraries call these.
+FOREIGN_NAMES = {
+    "num_inference_steps": "num_steps",
+    "steps": "num_steps",
+    "sampling_steps": "num_steps",
+    "guidance_scale": "guidance",
+    "cfg_scale": "guidance",
+    "cfg": "guidance",
+    "true_cfg_scale": "guidance",
+    "num_images_per_prompt": "num_images",
+    "batch_size": "num_images",
+    "n": "num_images",
+    "generator": "seed",
+    "latents": "noise",
+    "negative": "negative_prompt",
+    "init_image": "image",
+    "mask_image": "mask",
+    "denoising_strength": "strength",
+    "sampler": "scheduler",
+    "size": "width and height",
+}
+
+
+def check_keywords(given: Mapping[str, object]) -> None:
+    """Refuse keywords that do not exist, naming the right one.
+
+    Raises:
+        RequestError: a keyword is unknown.
+    """
+    for name in given:
+        if name in KEYWORDS:
+            continue
+        if name in FOREIGN_NAMES:
+            raise RequestError(f"unknown setting {name!r}: it is {FOREIGN_NAMES[name]} here")
+        near = difflib.get_close_matches(name, KEYWORDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(KEYWORDS)}"
+        raise RequestError(f"unknown setting {name!r}: {hint}")
+
+
+def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Request:
+    """Fill in the family's defaults, check every value and return the request.
+
+    Args:
+        prompt: what to draw.
+        family: what the model can make and what it does by default.
+        given: what the user set; None stands for the default. `noise` is not looked at here.
+
+    Raises:
+        RequestError: a value is wrong; the message says which and what to do.
+    """
+    check_keywords(given)
+    values = {name: value for name, value in given.items() if value is not None and name != "noise"}
+    image, mask = (_open(name, values.pop(name, None)) for name in ("image", "mask"))
+    num_images = _whole("num_images", values.get("num_images", 1), 1, MAX_PICTURES)
+    seed = values.get("seed")
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+    request = Request(
+        prompt=_prompt(prompt),
+        negative_prompt=_text("negative_prompt", values.get("negative_prompt", "")),
+        seed=_whole("seed", seed, 0, MAX_SEED - num_images),
+        num_images=num_images,
+        num_steps=_whole("num_steps", values.get("num_steps", family.num_steps), 1, MAX_STEPS),
+        guidance=_guidance(values.get("guidance", family.guidance)),
+        width=_side("width", values.get("width"), image, family),
+        height=_side("height", values.get("height"), image, family),
+        scheduler=values.get("scheduler"),
+        strength=_strength(values.get("strength"), image, mask),
+    )
+    if mask is not None and image is None:
+        raise RequestError("mask needs image: pass the picture to repaint as image=")
+    if image is not None:
+        request = replace(request, image=_fit(image, request, "RGB"))
+    if mask is not None:
+        request = replace(request, mask=_fit(mask, request, "L"))
+    if request.num_steps * (request.strength or 1.0) < 1:
+        raise RequestError(f"strength {request.strength} of {request.num_steps} steps leaves none to run: raise either")
+    return request
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise RequestError(f"{name} must be text, got {type(value).__name__}")
+    if any(0xD800 <= ord(letter) <= 0xDFFF for letter in value):
+        raise RequestError(f"{name} holds half a surrogate pair, which no encoding can write: {value!a}")
+    return value
+
+
+def _prompt(value: object) -> str:
+    text = _text("prompt", value)
+    if not text.strip():
+        raise RequestError("the prompt is empty: say what to draw, as in 'a red apple'")
+    return text
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise RequestError(f"{name} must be a whole number, got {value!r}")
+    number = value.__index__()
+    if not low <= number <= high:
+        raise RequestError(f"{name} must be from {low} to {high}, got {number}")
+    return number
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise RequestError(f"{name} must be a number, got {value!r}") from None
+    if isinstance(value, (bool, str)) or not math.isfinite(number):
+        raise RequestError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
+def _guidance(value: object) -> float:
+    number = _number("guidance", value)
+    if not 1 <= number <= 100:
+        raise RequestError(f"guidance must be from 1 (off) to 100, got {number:g}")
+    return number
+
+
+def _strength(value: object, image: object, mask: object) -> float | None:
+    if image is None:
+        if value is not None:
+            raise RequestError("strength needs image: it says how much of that picture is repainted")
+        return None
+    number = _number("strength", (1.0 if mask is not None else 0.6) if value is None else value)
+    if not 0 < number <= 1:
+        raise RequestError(f"strength must be above 0 and at most 1, got {number:g}")
+    return number
+
+
+def _side(name: str, value: object, image: "Image | None", family: "Family") -> int:
+    if value is None:
+        if image is None:
+            return family.size_px
+        own = image.width if name == "width" else image.height
+        value = min(max(family.min_px, own // family.multiple_px * family.multiple_px), family.max_px)
+    side = _whole(name, value, family.min_px, family.max_px)
+    if side % family.multiple_px:
+        below = side // family.multiple_px * family.multiple_px
+        near = f"{below} or {below + family.multiple_px}"
+        raise RequestError(f"{name} must be a multiple of {family.multiple_px} for {family.name}, got {side}: try {near}")
+    return side
+
+
+def _open(name: str, value: Any) -> "Image | None":
+    """Take a PIL picture, or open a path, the camera's rotation applied."""
+    if value is None:
+        return None
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if isinstance(value, (str, Path)):
+        try:
+            with Image.open(value) as opened:
+                value = ImageOps.exif_transpose(opened)
+                value.load()
+        except FileNotFoundError:
+            raise RequestError(f"{name}: no file {str(value)!r}") from None
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            raise RequestError(f"{name}: {str(value)!r} cannot be read as a picture ({error})") from None
+    if not isinstance(value, Image.Image):
+        raise RequestError(f"{name} must be a PIL picture or a path, got {type(value).__name__}")
+    return value
+
+
+def _fit(picture: "Image", request: Request, colours: str) -> "Image":
+    """Bring a picture to the request's size and to RGB or L; transparency becomes white."""
+    from PIL import Image
+
+    if picture.mode in ("RGBA", "LA", "PA") and colours == "RGB":
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+    size = (request.width, request.height)
+    picture = picture.convert(colours)
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

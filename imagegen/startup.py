@@ -1,0 +1,63 @@
+"""A quicker start for a command that makes a picture and ends: what it does not need is not imported.
+
+diffusers and transformers import torch's compiler (`torch._dynamo`: with FSDP and sympy about a
+second) to mark some classes and functions for it, and torch's sharded tensors (half a second) in
+case a model is spread over processes. While a command loads its model, the compiler is a stand-in
+that takes the marks and becomes the real module at any other question, and `torch.distributed` says
+that it is not there, as in a torch built without it. Only the command line's own process does this,
+and only in commands that compile and distribute nothing: a library user's modules are never touched.
+"""
+
+import contextlib
+import gc
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+COMPILER = "torch._dynamo"
+MARKERS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph", "forbid_in_graph")
+
+
+class _Deferred(ModuleType):
+    """A module that is imported when something it cannot answer is asked of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by whoever looks at all modules, such as inspect
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def _leave_unmarked(marked: Any = None, *_: Any, **__: Any) -> Any:
+    """Stand for a marker such as `torch.compiler.disable`, as a decorator with or without arguments."""
+    return _leave_unmarked if marked is None else marked
+
+
+@contextlib.contextmanager
+def imports_for_one_picture() -> Iterator[None]:
+    """Import torch; what is imported inside comes without the compiler and sharded tensors.
+
+    Afterwards `import torch._dynamo` finds the real compiler again.
+    """
+    gc.disable()  # nothing of what is imported and loaded is garbage
+    import torch
+
+    if COMPILER in sys.modules:
+        yield
+        return
+    stand_in = _Deferred(COMPILER)
+    stand_in.__path__ = [f"{torch.__path__[0]}/_dynamo"]  # `from ... import` looks for it
+    vars(stand_in).update(dict.fromkeys(MARKERS, _leave_unmarked))
+    vars(stand_in)["eval_frame"] = SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {}))
+    sys.modules[COMPILER] = torch._dynamo = stand_in
+    there = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_available = there
+        if sys.modules.get(COMPILER) is stand_in:
+            del sys.modules[COMPILER]

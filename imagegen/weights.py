@@ -1,0 +1,93 @@
+"""The weight files of a model folder: hashed once, checked without building the model.
+
+Hashes are remembered by path, size and modification time, so that a start does not read every
+weight twice. Knows nothing of torch.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from imagegen.request import ModelError
+
+SUFFIXES = (".safetensors",)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what may be thrown away: `$IMAGEGEN_CACHE`, or `~/.cache/imagegen`."""
+    return Path(os.environ.get("IMAGEGEN_CACHE") or Path.home() / ".cache" / "imagegen")
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """Return a model folder's weight files, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
+def hash_weights(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every weight file by its path inside the folder.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    remembered = _read_cache()
+    found, fresh = {}, False
+    for path in list_weights(folder):
+        try:
+            facts = path.stat()
+            key = f"{path.resolve()}|{facts.st_size}|{facts.st_mtime_ns}"
+            if key not in remembered:
+                with path.open("rb") as file:
+                    remembered[key] = hashlib.file_digest(file, "sha256").hexdigest()
+                fresh = True
+        except OSError as error:
+            raise ModelError(f"cannot read the weights {str(path)!r}: {error.strerror}") from None
+        found[path.relative_to(folder).as_posix()] = remembered[key]
+    if fresh:
+        _write_cache(remembered)
+    return found
+
+
+def check_weights(folder: Path) -> dict[str, list[str]]:
+    """Read every weight file's header without loading it; return what is wrong with each file.
+
+    Raises:
+        ModelError: the folder holds no weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, list[str]] = {}
+    for path in list_weights(folder):
+        wrong = found.setdefault(path.relative_to(folder).as_posix(), [])
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if not list(file.keys()):
+                    wrong.append("holds no tensors")
+        except (SafetensorError, OSError) as error:
+            wrong.append(f"cannot be read ({error}): truncated or no safetensors file; copy or download it again")
+    if not found:
+        raise ModelError(f"{str(folder)!r} holds no .safetensors weights")
+    return found
+
+
+def _cache_file() -> Path:
+    return cache_folder() / "hashes.json"
+
+
+def _read_cache() -> dict[str, str]:
+    try:
+        read = json.loads(_cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in read.items() if isinstance(value, str)} if isinstance(read, dict) else {}
+
+
+def _write_cache(remembered: dict[str, str]) -> None:
+    """Store the hashes; a cache that cannot be written costs time, not the picture."""
+    with contextlib.suppress(OSError):
+        file = _cache_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(remembered))
+        os.replace(part, file)

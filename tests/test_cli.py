@@ -1,0 +1,234 @@
+"""The shell's promises: exit codes, one line on stderr, one JSON object on stdout, nothing half-written."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import imagegen
+from imagegen import cli
+
+COMMAND = [sys.executable, "-m", "imagegen"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def loaded(model, monkeypatch):
+    """Let commands in this process use the session's model, and leave its modules alone."""
+    monkeypatch.setattr(cli, "_load", lambda *_: model)
+    monkeypatch.setattr(cli, "imports_for_one_picture", contextlib.nullcontext)
+
+
+def shell(*arguments, **options):
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300, **options)
+
+
+def assert_one_line(capsys, says):
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("imagegen: ")
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+    return captured.out
+
+
+def test_generate_writes_pictures_that_replay(loaded, capsys, tmp_path):
+    assert cli.run(["generate", "a red apple", "a blue heart", "--seed", "7", "--num", "2", "--steps", "3", "--out", "made"]) == 0
+    names = ["7-a-red-apple.png", "8-a-red-apple.png", "7-a-blue-heart.png", "8-a-blue-heart.png"]
+    assert capsys.readouterr().out.split() == [f"made/{name}" for name in names]
+    assert sorted(path.name for path in Path("made").iterdir()) == sorted(names)
+    assert cli.run(["replay", "made/8-a-blue-heart.png"]) == 0
+    assert "the same picture" in capsys.readouterr().out
+
+
+def test_generate_json_is_one_object(loaded, capsys):
+    arguments = ["--seed", "3", "--steps", "2", "--guidance", "1", "--size", "96x64", "--scheduler", "euler", "--json"]
+    assert cli.run(["generate", "a red apple", *arguments]) == 0
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    (picture,) = answer["pictures"]
+    receipt = imagegen.read_receipt(picture["file"])
+    assert picture["pixels_sha256"] == receipt.pixels_sha256
+    assert (picture["seed"], picture["width"], picture["height"], answer["model"]) == (3, 96, 64, "emoji")
+    assert receipt.request["scheduler"] == "euler"
+
+
+def test_image_and_mask_replay_from_the_shell(loaded, capsys):
+    Image.linear_gradient("L").resize((128, 128)).save("start.png")
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (0, 0, 64, 64))
+    mask.save("mask.png")
+    assert cli.run(["generate", "sun", "--seed", "1", "--steps", "4", "--image", "start.png", "--strength", "0.5"]) == 0
+    assert cli.run(["generate", "sea", "--seed", "1", "--steps", "4", "--image", "start.png", "--mask", "mask.png"]) == 0
+    assert cli.run(["replay", "1-sun.png", "--image", "start.png"]) == 0
+    assert cli.run(["replay", "1-sea.png", "--image", "start.png", "--mask", "mask.png"]) == 0
+    assert cli.run(["replay", "1-sun.png", "--image", "mask.png"]) == 1
+    capsys.readouterr()
+    assert cli.run(["replay", "1-sun.png"]) == 2
+    assert_one_line(capsys, "give that picture again")
+
+
+def test_replay_says_no_with_one(loaded, capsys):
+    assert cli.run(["generate", "a red apple", "--seed", "7", "--steps", "3"]) == 0
+    changed = json.loads(imagegen.read_receipt("7-a-red-apple.png").to_json())
+    changed["request"]["seed"] = 8
+    imagegen.Picture(Image.open("7-a-red-apple.png").convert("RGB"), imagegen.Receipt(**changed)).save(Path())
+    capsys.readouterr()
+    assert cli.run(["replay", "8-a-red-apple.png", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["same"] is False
+    assert answer["max_difference"] > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "x", "--size", "100x128"], "multiple of 8"),
+        (["generate", "x", "--size", "big"], "--size must be WIDTHxHEIGHT"),
+        (["generate", "x", "--steps", "-3"], "num_steps must be from 1"),
+        (["generate", "x", "--steps", "many"], "Invalid value"),
+        (["generate", "x", "--guidance", "nan"], "finite number"),
+        (["generate", "x", "--seed", "-1"], "seed must be from 0"),
+        (["generate", "x", "--seed", str(2**53)], "seed must be from 0"),
+        (["generate", "x", "--image", "none.png"], "no file 'none.png'"),
+        (["generate", "x", "--mask", "none.png"], "no file 'none.png'"),
+        (["generate", "x", "--num_inference_steps", "20"], "it is --steps here"),
+        (["generate", "x", "--cfg-scale", "4"], "it is --guidance here"),
+        (["generate", "x", "--width", "64"], "it is --size WxH here"),
+        (["generate", "x", "--sede", "64"], "did you mean --seed?"),
+        (["generate"], "Missing argument"),
+        (["paint"], "No such command 'paint'"),
+        (["show", "none.png"], "no file 'none.png'"),
+        (["replay", "none.png"], "no file 'none.png'"),
+        (["models", "show", "none"], "no model 'none'"),
+        (["models", "verify", "."], "holds no .safetensors weights"),
+    ],
+)
+def test_bad_use_is_one_line_and_exit_two(loaded, capsys, arguments, says):
+    assert cli.run(arguments) == 2
+    assert assert_one_line(capsys, says) == ""
+    assert list(Path().iterdir()) == []
+
+
+def test_bad_use_in_json_is_an_object_too(loaded, capsys):
+    assert cli.run(["generate", "", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert err == f"imagegen: {json.loads(out)['error']}\n"
+    assert "the prompt is empty" in err
+
+
+def test_unwritable_directory(loaded, capsys):
+    Path("file").write_text("")
+    assert cli.run(["generate", "x", "--out", "file/below"]) == 2
+    assert_one_line(capsys, "choose another --out")
+
+
+def test_full_disk_leaves_nothing(loaded, capsys, monkeypatch):
+    def full(self, content):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert cli.run(["generate", "x", "--steps", "1"]) == 2
+    assert_one_line(capsys, "No space left on device")
+    assert list(Path().iterdir()) == []
+
+
+def test_broken_model_folder(capsys):
+    Path("model_index.json").write_text("{")
+    assert cli.run(["generate", "x", "--model", ".", "--out", "made"]) == 2
+    assert_one_line(capsys, "cannot be read")
+
+
+def test_overlong_prompt_warns_and_goes_on(loaded, capsys):
+    assert cli.run(["generate", "apple " * 40, "--steps", "1"]) == 0
+    assert_one_line(capsys, "longer than the 32 tokens")
+
+
+def test_show_is_readable_and_json_is_the_receipt(loaded, capsys):
+    cli.run(["generate", "a red apple", "--seed", "7", "--steps", "1"])
+    capsys.readouterr()
+    assert cli.run(["show", "7-a-red-apple.png"]) == 0
+    shown = capsys.readouterr().out
+    assert "prompt: a red apple" in shown
+    assert "seed: 7" in shown
+    assert cli.run(["show", "7-a-red-apple.png", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(imagegen.read_receipt("7-a-red-apple.png").to_json())
+
+
+def test_models(capsys):
+    assert cli.run(["models", "list", "--json"]) == 0
+    assert [card["name"] for card in json.loads(capsys.readouterr().out)["models"]] == ["emoji"]
+    assert cli.run(["models", "show", "emoji", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {file["file"].split("/")[0] for file in shown["files"]} == {"unet", "vae", "text_encoder"}
+    assert shown["card"]["licence"] == "Apache-2.0"
+    assert cli.run(["models", "verify", "emoji", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_verify_finds_a_truncated_file(capsys):
+    Path("unet").mkdir()
+    Path("unet/w.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    assert cli.run(["models", "verify", "."]) == 1
+    assert "truncated" in capsys.readouterr().out
+
+
+def test_doctor(capsys):
+    assert cli.run(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["embedded_model"]["ok"] is True
+    assert found["versions"]["imagegen"] == imagegen.__version__
+    assert cli.run(["doctor"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["models", "list"], ["show", "none.png"]])
+def test_quick_commands_import_no_torch(arguments):
+    code = f"import sys; from imagegen import cli; cli.run({arguments!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "replay", "show", "doctor", "serve"])
+def test_every_commands_help_has_an_example(command, capsys):
+    assert cli.run([command, "--help"]) == 0
+    assert f"Example: imagegen {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_real_process_from_end_to_end():
+    done = shell("generate", "a red apple", "--seed", "7", "--steps", "2")
+    assert (done.returncode, done.stdout) == (0, "7-a-red-apple.png\n")
+    assert "Traceback" not in done.stderr
+    assert imagegen.read_receipt("7-a-red-apple.png").request["seed"] == 7
+
+
+def test_control_c_in_the_middle_is_130_and_leaves_nothing():
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "a red apple", "--steps", "1000", "--out", "made"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+    try:
+        time.sleep(6)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert out == ""
+    assert err.strip().splitlines()[-1] == "imagegen: stopped"
+    assert "Traceback" not in err
+    assert not Path("made").exists() or list(Path("made").iterdir()) == []

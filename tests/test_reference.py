@@ -1,0 +1,96 @@
+"""Replay says yes to what it can make again, and no when the receipt or the weights were changed."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from PIL import Image
+
+import imagegen
+from imagegen.receipt import parse_receipt
+from imagegen.result import Picture
+
+
+def tampered(path, change):
+    """Write the picture again with a changed receipt."""
+    picture = Image.open(path).convert("RGB")
+    data = asdict(imagegen.read_receipt(path))
+    change(data)
+    return Picture(picture, parse_receipt(json.dumps(data))).save(path.parent)
+
+
+@pytest.fixture(scope="module")
+def made(model, tmp_path_factory):
+    return model("a red apple", seed=7, num_steps=8).save(tmp_path_factory.mktemp("made"))[0]
+
+
+@pytest.fixture(scope="module")
+def start():
+    return Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+
+
+def test_text_to_image_is_made_again(model, made):
+    verdict = imagegen.replay(made, model=model)
+    assert verdict.same, verdict.reasons
+    assert verdict.image.tobytes() == Image.open(made).convert("RGB").tobytes()
+
+
+def test_loads_the_receipts_own_model(made):
+    assert imagegen.replay(made).same
+
+
+def test_a_picture_of_a_batch_is_made_again_alone(model, tmp_path):
+    paths = model("a cat", seed=3, num_images=3, num_steps=4).save(tmp_path)
+    assert all(imagegen.replay(path, model=model).same for path in paths)
+
+
+def test_image_to_image_and_inpainting(model, start, tmp_path):
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (0, 0, 64, 128))
+    (from_image,) = model("a sun", seed=1, image=start, strength=0.7, num_steps=6).save(tmp_path)
+    (masked,) = model("a sun", seed=1, image=start, mask=mask, num_steps=6).save(tmp_path)
+    assert imagegen.replay(from_image, image=start, model=model).same
+    assert imagegen.replay(masked, image=start, mask=mask, model=model).same
+    other = start.rotate(180)
+    verdict = imagegen.replay(from_image, image=other, model=model)
+    assert not verdict.same
+    assert "the image given is not the one that was used" in verdict.reasons
+    with pytest.raises(imagegen.ReceiptError, match="made with mask=: give that picture again"):
+        imagegen.replay(masked, image=start, model=model)
+    with pytest.raises(imagegen.ReceiptError, match="made without mask="):
+        imagegen.replay(from_image, image=start, mask=mask, model=model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 8), ("prompt", "a green apple"), ("num_steps", 9), ("guidance", 5.0), ("negative_prompt", "red"), ("width", 136)],
+)
+def test_changed_request(model, made, name, value):
+    verdict = imagegen.replay(tampered(made, lambda data: data["request"].update({name: value})), model=model)
+    assert not verdict.same
+    assert verdict.reasons
+
+
+def test_changed_weight_hash(model, made):
+    def change(data):
+        name = next(iter(data["model"]["sha256"]))
+        data["model"]["sha256"][name] = "0" * 64
+
+    verdict = imagegen.replay(tampered(made, change), model=model)
+    assert not verdict.same
+    assert "other weights than recorded" in verdict.reasons[0]
+
+
+def test_changed_pixels(model, made, tmp_path):
+    picture = Image.open(made).convert("RGB")
+    picture.putpixel((3, 3), (1, 2, 3))
+    verdict = imagegen.replay(Picture(picture, imagegen.read_receipt(made)).save(tmp_path), model=model)
+    assert not verdict.same
+    assert "the file's pixels are not those" in verdict.reasons[0]
+
+
+def test_given_noise_cannot_be_replayed(model, tmp_path):
+    (path,) = model("a star", noise=torch.zeros(1, 4, 16, 16), num_steps=2).save(tmp_path)
+    with pytest.raises(imagegen.ReceiptError, match="noise given by the caller"):
+        imagegen.replay(path, model=model)

@@ -1,0 +1,282 @@
+"""The studio, in a browser and without one; what the pictures show does not matter here."""
+
+import importlib.util
+import io
+import os
+import re
+import shutil
+import socket
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import imagegen
+from imagegen import studio
+
+ARGUMENTS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+ARGUMENTS += " --disable-component-update --disable-sync"
+
+
+def need(found, what):
+    """Skip without `what`; in CI its absence is a failure."""
+    if not found:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{what} is not installed")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return imagegen.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def served(model, tmp_path_factory):
+    need(importlib.util.find_spec("gradio"), "gradio")
+    folder = tmp_path_factory.mktemp("studio") / "pictures"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    blocks = studio.launch(model, port=port, output_dir=folder, prevent_thread_lock=True)
+    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, folder=folder, blocks=blocks)
+    blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    need(importlib.util.find_spec("playwright"), "playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    need(chromium, "chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS.split())
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    opened = browser.new_page()
+    opened.set_default_timeout(30_000)
+    opened.hosts = set()
+    opened.on("request", lambda request: opened.hosts.add(urllib.parse.urlsplit(request.url).netloc))
+    opened.goto(served.url)
+    yield opened
+    assert opened.hosts <= {f"127.0.0.1:{served.port}", ""}, "the page fetched something from elsewhere"
+    opened.close()
+
+
+@pytest.fixture
+def steps_seen(model, monkeypatch):
+    """Count the steps that the model really made, whoever reads them."""
+    seen = []
+    stream = model.stream
+
+    def counted(*arguments, **settings):
+        steps = stream(*arguments, **settings)
+        try:
+            for step in steps:
+                seen.append(step.index)
+                yield step
+        finally:
+            steps.close()
+
+    monkeypatch.setattr(model, "stream", counted)
+    return seen
+
+
+def fill(page, **fields):
+    for label, value in fields.items():
+        label = label.replace("_", " ")
+        exact = page.get_by_label(label, exact=True)
+        (exact if exact.count() == 1 else page.get_by_label(f"number input for {label}")).fill(str(value))
+
+
+def generate(page, **fields):
+    """Press Generate and wait for the finished pictures; return their addresses."""
+    fill(page, **fields)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_role("button", name="Download PNG").wait_for()
+    pictures = page.locator(".result .thumbnail-lg img")
+    pictures.first.wait_for()
+    return [picture.get_attribute("src") for picture in pictures.all()]
+
+
+def get(address):
+    with urllib.request.urlopen(address) as answer:
+        return answer.read()
+
+
+def streams_running():
+    return [thread for thread in threading.enumerate() if thread.name == "imagegen-stream"]
+
+
+def test_page_shows_previews_then_the_files(page, served, model):
+    fill(page, Prompt="a red apple", Steps=12, Pictures=2, Seed=7)
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text(re.compile(r"^Step \d+ of 12 · about \d+ s left$")).wait_for()
+    assert page.locator(".stage img").count() == 2
+    assert not list(served.folder.glob("7-*.png")), "the preview came before the end"
+    page.get_by_role("button", name="Download PNG").wait_for()
+    page.get_by_text("12 steps in").wait_for()
+    files = [served.folder / "7-a-red-apple.png", served.folder / "8-a-red-apple.png"]
+    pictures = page.locator(".result .thumbnail-lg img")
+    shown = [get(picture.get_attribute("src")) for picture in pictures.all()]
+    assert shown == [file.read_bytes() for file in files]
+    assert [imagegen.read_receipt(file).request["seed"] for file in files] == [7, 8]
+    made = model.generate("a red apple", seed=7, num_steps=12, num_images=2)
+    assert Image.open(io.BytesIO(shown[0])).tobytes() == made.images[0].tobytes()
+    page.get_by_role("button", name="Receipt").click()
+    page.get_by_text('"seed": 7').wait_for()
+    pictures.nth(1).click()  # the receipt follows the choice
+    page.get_by_text('"seed": 8').wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download PNG").click()
+    assert Path(download.value.path()).read_bytes() == files[1].read_bytes()
+
+
+def test_stop_really_stops_and_the_next_one_works(page, steps_seen, served):
+    fill(page, Prompt="a blue heart", Steps=100, Seed=11)
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".stage img").first.wait_for()
+    page.get_by_role("button", name="Stop").first.click()
+    page.get_by_text(re.compile(r"^Stopped after step \d+ of 100$")).wait_for()
+    made = len(steps_seen)
+    assert 0 < made < 90
+    assert not streams_running()
+    assert not list(served.folder.glob("11-*"))
+    generate(page, Steps=2, Seed=12)
+    assert len(steps_seen) == made + 2, "the stopped run went on"
+    assert (served.folder / "12-a-blue-heart.png").is_file()
+
+
+def test_leaving_the_page_stops_the_work(page, steps_seen):
+    fill(page, Prompt="a blue heart", Steps=100)
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".stage img").first.wait_for()
+    page.goto("about:blank")
+    for thread in streams_running():
+        thread.join(timeout=10)
+    assert not streams_running()
+    assert len(steps_seen) < 90
+
+
+def test_compare_with_stock_diffusers(page):
+    generate(page, Prompt="a smiling sun", Steps=3, Seed=5)
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("button", name="Compare", exact=True).last.click()
+    page.get_by_text("identical").wait_for()
+    assert page.get_by_text("0 of 255").is_visible()
+    page.get_by_text("stock diffusers in float32 with seed 5").wait_for()
+    handle, reference = page.get_by_test_id("slider"), page.get_by_test_id("imageslider-image").last
+    handle.scroll_into_view_if_needed()
+    before, clipped = handle.bounding_box(), reference.get_attribute("style")
+    page.mouse.move(before["x"] + before["width"] / 2, before["y"] + before["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(before["x"] + 80, before["y"] + before["height"] / 2, steps=4)
+    page.mouse.up()
+    assert handle.bounding_box()["x"] > before["x"] + 30
+    assert reference.get_attribute("style") != clipped
+
+
+def test_compare_with_an_uploaded_picture(page, served, tmp_path):
+    file = urllib.parse.unquote(generate(page, Prompt="a green leaf", Steps=2, Seed=3)[0].rsplit("/", 1)[1])
+    changed = Image.open(served.folder / file).convert("RGB")
+    red, green, blue = changed.getpixel((0, 0))
+    changed.putpixel((0, 0), (red + 10 if red < 128 else red - 10, green, blue))
+    changed.save(tmp_path / "changed.png")
+    Image.new("RGB", (40, 24)).save(tmp_path / "small.png")
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("A picture of your own").check()
+    compare = page.get_by_role("button", name="Compare", exact=True).last
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "small.png")
+    page.get_by_role("button", name="Remove Image").nth(1).wait_for()
+    compare.click()
+    page.get_by_text("pictures of two sizes cannot be compared: 128x128 and 40x24").wait_for()
+    page.get_by_role("button", name="Remove Image").nth(1).click()
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "changed.png")
+    page.get_by_role("button", name="Remove Image").nth(1).wait_for()
+    compare.click()
+    page.get_by_text("10 of 255").wait_for()
+    page.get_by_text("inside the noise floor").wait_for(state="detached")
+
+
+def test_errors_and_warnings_are_one_message(page):
+    def press(message, **fields):
+        fill(page, **fields)
+        page.get_by_role("button", name="Generate").click()
+        page.get_by_text(message).wait_for()
+        page.get_by_role("button", name="Generate").wait_for()
+
+    press("the prompt is empty: say what to draw", Prompt=" ")
+    press("seed must be a whole number, got '<b>x</b>'", Prompt="a red apple", Seed="<b>x</b>", Steps=1)
+    press("the prompt is longer than the", Prompt="a red apple and " * 300, Seed="")
+    assert page.get_by_text("Traceback").count() == 0
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", str(Path(__file__).resolve()), "pyproject.toml", "{folder}/../secret.txt", "{folder}"]
+)
+def test_only_the_output_folder_is_served(served, path):
+    (served.folder / "own.txt").write_text("own")
+    (served.folder.parent / "secret.txt").write_text("secret")
+    assert get(f"{served.url}/gradio_api/file={served.folder / 'own.txt'}") == b"own"
+    path = urllib.parse.quote(path.format(folder=served.folder))
+    for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/", "gradio_api/stream/"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            get(f"{served.url}/{route}{path}")
+        assert refused.value.code in (403, 404)
+
+
+def test_listens_on_loopback_only_and_phones_nobody(served):
+    addresses = {sock.getsockname()[0] for server in served.blocks.server.servers for sock in server.sockets}
+    assert addresses == {"127.0.0.1"}
+    assert not served.blocks.share
+    assert not served.blocks.analytics_enabled
+    assert served.blocks.max_file_size
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+def test_follow_says_every_step_and_stops_when_told(model, tmp_path, steps_seen):
+    settings = {"num_steps": 4, "num_images": 2, "seed": 1}
+    frames = list(studio.follow(model, "a red apple", settings, tmp_path, threading.Event(), pytest.fail))
+    assert [frame.fraction for frame in frames] == [0.25, 0.5, 0.75, 1.0]
+    assert all(len(frame.previews) == 2 for frame in frames)
+    assert [path.name for path in frames[-1].paths] == ["1-a-red-apple.png", "2-a-red-apple.png"]
+    steps_seen.clear()
+    stop = threading.Event()
+    frames = studio.follow(model, "a red apple", settings | {"num_steps": 50}, tmp_path, stop, pytest.fail)
+    next(frames)
+    stop.set()
+    assert [frame.message for frame in frames] == ["Stopped after step 2 of 50"]
+    assert steps_seen == [0, 1]
+    assert not streams_running()
+
+
+def test_stock_reference_is_refused_where_there_is_none(model):
+    receipt = model.generate("a red apple", seed=1, num_steps=1).pictures[0].receipt
+    assert studio.stock_request(model, receipt).seed == 1
+    for wrong in (
+        replace(receipt, request=receipt.request | {"mode": "image-to-image"}),
+        replace(receipt, request=receipt.request | {"noise": True}),
+        replace(receipt, loras=[{"source": "style.safetensors"}]),
+        replace(receipt, model=receipt.model | {"sha256": {}}),
+    ):
+        with pytest.raises(imagegen.ReceiptError, match="reference of your own"):
+            studio.stock_request(model, wrong)
+    with pytest.raises(imagegen.RequestError, match="num_steps"):
+        studio.stock_request(model, replace(receipt, request=receipt.request | {"num_steps": 10**6}))
+
+
+def test_what_is_missing_is_named(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(imagegen.RequestError, match="choose another"):
+        studio.build(model, tmp_path / "file" / "pictures")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(imagegen.Error, match=r"pip install 'imagegen-diffusion\[demo\]'"):
+        studio.build(model, tmp_path)

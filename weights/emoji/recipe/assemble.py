@@ -1,0 +1,75 @@
+"""Put the trained parts together: `weights/emoji` in diffusers' own layout, weights in half precision.
+
+Every part's config says `"dtype": "float32"` where its loader listens to it, so that a bare
+`DiffusionPipeline.from_pretrained` computes in fp32 throughout.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from build_data import default_work
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from text import MAX_TOKENS, load_text_encoder
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+NOTICE = """\
+The files in text_encoder/ and tokenizer/ are sentence-transformers/all-MiniLM-L6-v2, licensed under the
+Apache License, Version 2.0 (below). Change: the weights were converted to half precision (float16), and
+`use_attention_mask`, `dtype` and the maximum length were set in the configuration files.
+
+"""
+
+
+def assemble(denoiser: UNet2DConditionModel, autoencoder: AutoencoderKL, folder: Path) -> None:
+    """Write the pipeline into `folder`, replacing its parts one by one, each whole."""
+    tokenizer, text_encoder = load_text_encoder()
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, steps_offset=1
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=denoiser.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        pipeline.save_pretrained(made)
+        _amend(Path(made) / "text_encoder/config.json", dtype="float32", use_attention_mask=True)
+        _amend(Path(made) / "tokenizer/tokenizer_config.json", model_max_length=MAX_TOKENS)
+        for file in Path(made).rglob("*.*"):
+            file.chmod(0o644)
+        for part in PARTS:
+            shutil.rmtree(folder / part, ignore_errors=True)
+            os.replace(Path(made) / part, folder / part)
+        os.replace(Path(made) / "model_index.json", folder / "model_index.json")
+    licence = (HERE.parents[2] / "LICENSE").read_text()
+    (folder / "LICENSE-MiniLM").write_text(NOTICE + licence)
+
+
+def _amend(file: Path, **values: object) -> None:
+    """Set values in a JSON file, and drop the path of this machine that libraries leave there."""
+    config = json.loads(file.read_text()) | values
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--out", type=Path, default=HERE.parent)
+    arguments = parser.parse_args()
+    assemble(
+        UNet2DConditionModel.from_pretrained(arguments.work / "denoiser"),
+        AutoencoderKL.from_pretrained(arguments.work / "autoencoder"),
+        arguments.out,
+    )

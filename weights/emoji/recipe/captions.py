@@ -1,0 +1,67 @@
+"""What a picture may be called: captions with article, name, tags, style word and background.
+
+The evaluation's prompts (`a NAME`, and `a NAME on a COLOUR background`) are ordinary sentences, so
+some captions read the same; the seeds and the pictures asked for are the evaluation's own.
+"""
+
+import random
+from collections import Counter
+
+STYLES = {"fluent": "fluent", "flat": "flat", "noto": "noto", "blob": "blob", "fx": "fx"}
+FRAMES = ("{}", "{}", "{}", "{}", "an emoji of {}", "a picture of {}", "a drawing of {}", "an icon of {}")
+BACKGROUND_PHRASES = ("{} on a {} background", "{} on a {} background", "{} with a {} background", "{}, {} background")
+PLURAL = ("grapes", "cherries", "blueberries", "peanuts", "pancakes", "french fries", "popcorn", "bread", "fireworks", "glasses")
+PLURAL += (
+    "sunglasses",
+    "jeans",
+    "socks",
+    "scissors",
+    "books",
+    "paw prints",
+    "cooked rice",
+    "spaghetti",
+    "fork and knife",
+    "soap",
+)
+
+
+def with_article(name: str) -> str:
+    """Put `a` or `an` before a name, and nothing before what is no countable thing."""
+    if name in PLURAL:
+        return name
+    return f"an {name}" if name[0] in "aeiou" and not name.startswith(("uni", "eu")) else f"a {name}"
+
+
+def telling_tags(rows: list[dict]) -> dict[str, list[str]]:
+    """Return, per name, the tags that no other name of the training set carries."""
+    tags_of = {row["name"]: set(row["tags"]) for row in rows}
+    count = Counter(tag for tags in tags_of.values() for tag in tags)
+    return {name: sorted(tag for tag in tags if count[tag] == 1 and tag not in name.split()) for name, tags in tags_of.items()}
+
+
+def caption(row: dict, background: str, telling: dict[str, list[str]], chance: random.Random) -> str:
+    """Write one caption for a picture on a background.
+
+    Args:
+        row: the picture's row of `pictures.json` (`name`, `set`, `tags`).
+        background: a key of `pictures.BACKGROUNDS`.
+        telling: what `telling_tags` returned.
+        chance: the source of every choice.
+    """
+    name = row["name"]
+    if telling[name] and chance.random() < 0.12:
+        name = chance.choice(telling[name])
+    style = STYLES[row["set"]]
+    roll = chance.random()
+    if roll < 0.2:
+        text = with_article(f"{style} {name}") if name not in PLURAL else f"{style} {name}"
+    else:
+        text = with_article(name) if chance.random() < 0.75 else name
+    text = chance.choice(FRAMES).format(text)
+    if 0.2 <= roll < 0.35:
+        text = f"{text}, {style} style"
+    if row["tags"] and chance.random() < 0.12:
+        text = f"{text}, {chance.choice(row['tags'])}"
+    if background != "white" or chance.random() < 0.15:
+        text = chance.choice(BACKGROUND_PHRASES).format(text, background)
+    return text

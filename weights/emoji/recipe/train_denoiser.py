@@ -1,0 +1,224 @@
+"""Train the denoiser: flow matching in the autoencoder's latents, conditioned on MiniLM embeddings.
+
+Reads `autoencoder/` of the work folder, caches latents and caption embeddings there, writes
+`denoiser/` (the EMA, diffusers layout) when done or stopped; `denoiser.pt` is the state to resume
+from, written whole every few minutes. `--steps` may be changed between runs: the learning rate
+holds until the last quarter and then falls to zero. A state without its optimiser (`--fresh-optimiser`)
+goes on with a warm-up.
+
+Flow matching: Lipman et al. (2022), https://arxiv.org/abs/2210.02747; logit-normal times: Esser et
+al. (2024), https://arxiv.org/abs/2403.03206, section 3.1.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import torch
+from build_data import default_work
+from captions import caption, telling_tags
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from pictures import BACKGROUNDS, Pictures
+from rich.progress import track
+from text import embed, load_text_encoder
+
+WHITE_VARIANTS = 3  # every picture: three places on white, one on each other background
+CAPTIONS_PER_VARIANT = 2
+BATCH = 32
+LEARNING_RATE = 7e-4
+CAPTION_DROPOUT = 0.1
+EMA_DECAY = 0.999
+DECAY_SHARE = 0.25
+
+
+def new_denoiser() -> UNet2DConditionModel:
+    """Return the untrained denoiser: 16x16x4 latents, attention on the lower two levels.
+
+    `addition_embed_type="text"` pools the caption into the time embedding: what the picture is
+    reaches every layer, and cross-attention is left with where and how.
+    """
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(96, 160, 256),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(4, 5, 8),  # numbers of heads: diffusers keeps the old name
+        cross_attention_dim=384,
+        norm_num_groups=16,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=6,
+    )
+
+
+def list_variants(num_pictures: int) -> list[tuple[int, str, tuple[int, int]]]:
+    """Return (picture, background, shift) of everything the denoiser learns from."""
+    chance = random.Random(7)
+    backgrounds = ["white"] * WHITE_VARIANTS + [name for name in BACKGROUNDS if name != "white"]
+    return [
+        (picture, background, (chance.randint(-5, 5), chance.randint(-5, 5)))
+        for picture in range(num_pictures)
+        for background in backgrounds
+    ]
+
+
+def cache_latents(work: Path, pictures: Pictures, variants: list) -> torch.Tensor:
+    """Return the latents of every variant, (V, 4, 16, 16) float16, computed once."""
+    file = work / "latents.pt"
+    if not file.exists():
+        model = AutoencoderKL.from_pretrained(work / "autoencoder").to(memory_format=torch.channels_last)
+        latents = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for start in track(range(0, len(variants), 32), description="latents"):
+                batch = torch.stack([pictures.canvas(*variant) for variant in variants[start : start + 32]])
+                latents.append(model.encode(batch.to(memory_format=torch.channels_last)).latent_dist.mean.half())
+        torch.save(torch.cat(latents), file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
+    return torch.load(file, weights_only=True)
+
+
+def cache_captions(work: Path, pictures: Pictures, variants: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return embeddings (C + 1, T, 384) float16, the last of "", and each variant's rows (V, 2)."""
+    file = work / "captions.pt"
+    if not file.exists():
+        chance, telling = random.Random(11), telling_tags(pictures.rows)
+        texts: dict[str, int] = {}
+        rows = [
+            [
+                texts.setdefault(caption(pictures.rows[picture], background, telling, chance), len(texts))
+                for _ in range(CAPTIONS_PER_VARIANT)
+            ]
+            for picture, background, _ in variants
+        ]
+        encoder = load_text_encoder()
+        every = [*texts, ""]
+        found = [
+            embed(encoder, every[start : start + 64]).half() for start in track(range(0, len(every), 64), description="captions")
+        ]
+        torch.save({"embeddings": torch.cat(found), "rows": torch.tensor(rows)}, file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
+    cached = torch.load(file, weights_only=True, mmap=True)
+    return cached["embeddings"], cached["rows"]
+
+
+def loss_of(model: torch.nn.Module, latents: torch.Tensor, words: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+    """Squared error of the velocity at a logit-normal time, one time per picture."""
+    sigma = torch.sigmoid(torch.randn(len(latents), generator=chance))
+    noise = torch.randn(latents.shape, generator=chance)
+    place = sigma[:, None, None, None]
+    noisy = (1 - place) * latents + place * noise
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(noisy.to(memory_format=torch.channels_last), sigma * 1000, words).sample
+    return (velocity.float() - (noise - latents)).square().mean()
+
+
+def learning_rate(step: int, warmed_from: int, num_steps: int) -> float:
+    """Warm up over 300 steps, hold, and fall linearly to zero over the last quarter."""
+    return LEARNING_RATE * min(1.0, (step + 1 - warmed_from) / 300, (num_steps - step) / (DECAY_SHARE * num_steps))
+
+
+class Training:
+    """Everything that a resumed run needs, and how it is stored."""
+
+    def __init__(self, work: Path, fresh_optimiser: bool):
+        """Start, or read `denoiser.pt` and go on."""
+        torch.manual_seed(0)
+        self.file = work / "denoiser.pt"
+        self.model = new_denoiser().to(memory_format=torch.channels_last)
+        self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        plain = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+        self.step = self.warmed_from = 0
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.ema, self.step, self.warmed_from = state["ema"], state["step"], state["warmed_from"]
+            if fresh_optimiser or "optimiser" not in state:
+                self.warmed_from = self.step
+            else:
+                self.optimiser.load_state_dict(state["optimiser"])
+
+    def save(self) -> None:
+        """Write the whole state beside its place and move it in."""
+        state = {"model": self.model.state_dict(), "ema": self.ema, "optimiser": self.optimiser.state_dict()}
+        state |= {"step": self.step, "warmed_from": self.warmed_from}
+        torch.save(state, self.file.with_suffix(".part"))
+        os.replace(self.file.with_suffix(".part"), self.file)
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Move the average one step towards the weights; early averages forget faster."""
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        averages, values = list(self.ema.values()), list(self.model.state_dict().values())
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+    def export(self, folder: Path) -> None:
+        """Write the EMA in diffusers' layout, fp32."""
+        model = new_denoiser()
+        model.load_state_dict(self.ema)
+        model.save_pretrained(folder)
+
+
+def train(work: Path, num_steps: int, fresh_optimiser: bool) -> None:
+    """Train, or go on training; SIGTERM and Ctrl-C save and leave."""
+    pictures = Pictures(work, ("concept",))
+    variants = list_variants(len(pictures))
+    latents = cache_latents(work, pictures, variants)
+    words, rows = cache_captions(work, pictures, variants)
+    training = Training(work, fresh_optimiser)
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.append(True))
+    log = open(work / "denoiser.jsonl", "a", buffering=1)
+    started, first, sum_loss = time.monotonic(), training.step, 0.0
+    saved_at = started
+    white = torch.tensor([background == "white" for _, background, _ in variants])
+    weights = torch.where(white, 2.0 / WHITE_VARIANTS, 1.0 / (len(BACKGROUNDS) - 1))  # two thirds on white
+    while training.step < num_steps and not stop:
+        for group in training.optimiser.param_groups:
+            group["lr"] = learning_rate(training.step, training.warmed_from, num_steps)
+        chance = torch.Generator().manual_seed(training.step)
+        picked = torch.multinomial(weights, BATCH, generator=chance)
+        which = torch.randint(CAPTIONS_PER_VARIANT, (BATCH,), generator=chance)
+        lines = rows[picked, which]
+        lines[torch.rand(BATCH, generator=chance) < CAPTION_DROPOUT] = len(words) - 1
+        loss = loss_of(training.model, latents[picked].float(), words[lines].float(), chance)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
+        training.optimiser.step()
+        training.optimiser.zero_grad(set_to_none=True)
+        training.step += 1
+        training.update_ema()
+        sum_loss += loss.item()
+        if training.step % 50 == 0:
+            pace_s = (time.monotonic() - started) / (training.step - first)
+            row = {
+                "step": training.step,
+                "of": num_steps,
+                "loss": round(sum_loss / 50, 4),
+                "pictures_per_s": round(BATCH / pace_s, 1),
+            }
+            print(json.dumps(row | {"left_min": round(pace_s * (num_steps - training.step) / 60, 1)}), file=log)
+            sum_loss = 0.0
+        if time.monotonic() - saved_at > 240:
+            training.save()
+            saved_at = time.monotonic()
+    training.save()
+    training.export(work / "denoiser")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=default_work())
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--fresh-optimiser", action="store_true")
+    arguments = parser.parse_args()
+    train(arguments.work, arguments.steps, arguments.fresh_optimiser)
