@@ -1,4 +1,4 @@
-"""Replay: make a picture again from its receipt, and say whether it is the same one."""
+"""References: make a picture again from its receipt, say whether it is the same, ask stock diffusers for it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from imagegen import fidelity
 from imagegen.measure import versions
 from imagegen.model import Model, load
 from imagegen.receipt import Receipt, describe_request, open_picture, pixels_sha256
-from imagegen.request import ReceiptError, build_request
+from imagegen.request import ReceiptError, Request, build_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,3 +116,19 @@ def _changed_versions(receipt: Receipt) -> list[str]:
         for name in now
         if receipt.environment.get(name, now[name]) != now[name]
     ]
+
+
+def stock_request(model: Model, receipt: Receipt) -> Request:
+    """Return what to ask of stock diffusers to get a receipt's picture.
+
+    Raises:
+        ReceiptError: the picture has no stock reference, or was made with other weights.
+        RequestError: its settings are not possible.
+    """
+    recorded = receipt.request
+    if recorded.get("mode") != "text-to-image" or recorded.get("noise") or receipt.loras:
+        raise ReceiptError("stock diffusers is run for text-to-image pictures without LoRAs: give a reference of your own")
+    if receipt.model["sha256"] != model.hashes:
+        raise ReceiptError("this picture was made with other weights than those loaded here: give a reference of your own")
+    names = ("negative_prompt", "seed", "num_steps", "guidance", "width", "height", "scheduler")
+    return build_request(recorded["prompt"], model.family, {name: recorded.get(name) for name in names})

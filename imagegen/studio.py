@@ -1,8 +1,8 @@
 """The studio: a page that makes pictures while you watch and puts each beside its reference output.
 
-A reader of a model's stream of steps (`follow`), a run of bare diffusers (`stock_picture`) and the
-page over both. The page is served to this machine and fetches nothing from another. Gradio is an
-extra, imported where it is used.
+A reader of a model's stream of steps (`follow`), and the page over it and over `reference`. The page
+is served to this machine and fetches nothing from another. Gradio is an extra, imported where it is
+used.
 """
 
 import atexit
@@ -26,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 from imagegen import fidelity
 from imagegen.catalog import EMBEDDED
+from imagegen.families.diffusion import stock_picture
 from imagegen.model import Model, load
-from imagegen.receipt import Receipt, open_picture, read_receipt
-from imagegen.reference import FLOOR_MAX_DIFFERENCE, FLOOR_PSNR_DB
-from imagegen.request import Error, ReceiptError, Request, RequestError, build_request
-from imagegen.sampling import make_scheduler
+from imagegen.receipt import open_picture, read_receipt
+from imagegen.reference import FLOOR_MAX_DIFFERENCE, FLOOR_PSNR_DB, stock_request
+from imagegen.request import Error, RequestError
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -43,25 +43,6 @@ STOCK, UPLOAD = "Stock diffusers, run now in float32", "A picture of your own"
 EXAMPLES = ("a red apple", "a smiling sun", "a blue heart", "a cat in a box")
 EXPLANATION = "Say what to draw and watch it appear. Every picture carries a receipt; Compare proves it against stock diffusers."
 PRIVATE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-CSS = """
-.gradio-container { width: 100% !important; max-width: 1140px !important; margin: 0 auto !important; }
-.html-container { padding: 0 !important; }
-.head h1 { font-size: 1.7rem; letter-spacing: -.01em; margin: .4rem 0 .2rem; }
-.head p, .status, .stage p, .figures p, .figures span { color: var(--body-text-color-subdued) !important; margin: 0 !important; }
-.stage, .figures { display: grid; gap: var(--spacing-lg); grid-template-columns: 1fr 1fr; }
-.stage > :not(img), .stage.one > *, .figures p { grid-column: 1 / -1; }
-.stage img, .result .thumbnail-lg img { width: 100%; max-height: 540px; object-fit: contain; border-radius: var(--radius-md); }
-.stage .blank, .figures div { border: 1px solid var(--border-color-primary); border-radius: var(--radius-md);
-  background: var(--background-fill-secondary); padding: .6rem 1rem; }
-.stage .blank { display: grid; place-items: center; min-height: 400px; border-style: dashed; }
-.stage .bar { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
-.stage .bar div { height: 100%; background: var(--color-accent); }
-.result { border: 0 !important; }
-.result .grid-wrap { padding: 0; max-height: none; }
-.result .thumbnail-lg { aspect-ratio: auto; }
-.figures b { display: block; font-size: 1.5rem; }
-.fill img { width: 100%; height: 100%; object-fit: contain !important; }
-"""
 Runs = dict[str | None, threading.Event]  # session -> what stops its latest run
 
 
@@ -125,53 +106,6 @@ def follow(
     yield Frame(f"Stopped after step {done} of {of}", done / of, previews)  # the work has ended by now
 
 
-def stock_request(model: Model, receipt: Receipt) -> Request:
-    """Return what to ask of stock diffusers to get a receipt's picture.
-
-    Raises:
-        ReceiptError: the picture has no stock reference, or was made with other weights.
-        RequestError: its settings are not possible.
-    """
-    recorded = receipt.request
-    if recorded.get("mode") != "text-to-image" or recorded.get("noise") or receipt.loras:
-        raise ReceiptError("stock diffusers is run for text-to-image pictures without LoRAs: give a reference of your own")
-    if receipt.model["sha256"] != model.hashes:
-        raise ReceiptError("this picture was made with other weights than those loaded here: give a reference of your own")
-    names = ("negative_prompt", "seed", "num_steps", "guidance", "width", "height", "scheduler")
-    return build_request(recorded["prompt"], model.family, {name: recorded.get(name) for name in names})
-
-
-def stock_picture(folder: Path, request: Request, device: Any, on_step: Callable[[int, int], bool]) -> "Image":
-    """Make a request's picture with diffusers alone, in float32, from its seed.
-
-    Args:
-        folder: the model's; nothing that imagegen has loaded is used.
-        request: text to image, one picture.
-        device: where to run.
-        on_step: is told the steps done and all; ends the work by returning False.
-
-    Raises:
-        RequestError: the work was ended.
-    """
-    import torch
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
-    pipeline.to(device).set_progress_bar_config(disable=True)
-    if request.scheduler is not None:
-        pipeline.scheduler = make_scheduler(pipeline.scheduler, request.scheduler)
-
-    def after_step(running: Any, index: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        if not on_step(index + 1, running.num_timesteps):
-            raise RequestError("stopped before the reference was finished")
-        return {}
-
-    settings = {"negative_prompt": request.negative_prompt, "width": request.width, "height": request.height}
-    settings |= {"num_inference_steps": request.num_steps, "guidance_scale": request.guidance}
-    generator = torch.Generator("cpu").manual_seed(request.seed)
-    return pipeline(request.prompt, **settings, generator=generator, callback_on_step_end=after_step).images[0]
-
-
 def open_any(path: str | Path) -> "Image":
     """Open an uploaded picture as RGB.
 
@@ -184,7 +118,7 @@ def open_any(path: str | Path) -> "Image":
         with Image.open(path) as opened:
             return opened.convert("RGB")
     except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise RequestError(f"the reference cannot be read as a picture ({type(error).__name__})") from None
+        raise RequestError(f"the file cannot be read as a picture ({type(error).__name__}): give a PNG") from None
 
 
 def stage_html(frame: Frame) -> str:
@@ -322,7 +256,8 @@ def connect_run(tab: SimpleNamespace, runs: Runs, triggers: list[Any], work: Cal
     label, buttons = tab.run.value, [tab.run, tab.stop]
     begun = gr.on(triggers, begin, None, buttons, **PRIVATE)
     worked = begun.success(work, **event, concurrency_limit=1, concurrency_id="model")
-    worked.then(end, None, buttons, **PRIVATE)
+    for after in (worked.then, worked.failure):  # `then` alone is skipped after an error
+        after(end, None, buttons, **PRIVATE)
     tab.stop.click(stop, None, tab.stop, **PRIVATE)
 
 
@@ -382,7 +317,8 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
 
     source, bar = model.folder.resolve(), gr.Progress()
 
-    def compare(picture: str | None, kind: str, upload: str | None, request: gr.Request, progress: Any = bar) -> tuple[Any, ...]:
+    def compare(given: dict | None, kind: str, other: dict | None, request: gr.Request, progress: Any = bar) -> tuple[Any, ...]:
+        picture, upload = ((file or {}).get("path") for file in (given, other))  # in Gradio's cache: it has checked that
         stop = runs.get(request.session_hash) or threading.Event()
 
         def on_step(done: int, of: int) -> bool:
@@ -391,9 +327,9 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
 
         with errors_shown():
             if not picture or (kind == UPLOAD and not upload):
-                raise RequestError(f"there is no {'reference' if picture else 'picture'} yet: drop one here")
+                raise RequestError(f"there is no {'reference' if picture else 'picture'} yet: give one first")
             if kind == UPLOAD:
-                this, reference, against = open_any(picture), open_any(upload or ""), "the picture you gave"
+                this, reference, against = open_any(picture), open_any(str(upload)), "the picture you gave"
             else:
                 this, receipt = open_picture(picture)
                 wanted = stock_request(model, receipt)
@@ -408,7 +344,7 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
 
     tab.kind.change(lambda kind: gr.update(visible=kind == UPLOAD), tab.kind, tab.upload, **PRIVATE)
     connect_run(
-        tab, runs, [tab.run.click], compare, api_name="compare", show_progress_on=tab.slider,
+        tab, runs, [tab.run.click], compare, api_name="compare", show_progress_on=tab.slider, preprocess=False,
         inputs=[tab.picture, tab.kind, tab.upload], outputs=[tab.figures, tab.slider, tab.map],
     )  # fmt: skip
 
@@ -443,13 +379,13 @@ def build(model: Model, output_dir: str | Path) -> "gr.Blocks":
 
 
 def launch(
-    model: Model | str | Path = EMBEDDED, host: str = "127.0.0.1", port: int = 7860, output_dir: str | Path = "pictures",
+    model: Model | str | Path | None = None, host: str = "127.0.0.1", port: int = 7860, output_dir: str | Path = "out",
     prevent_thread_lock: bool = False,
 ) -> "gr.Blocks":  # fmt: skip
     """Serve the studio until it is interrupted.
 
     Args:
-        model: a loaded model, or what `load` takes.
+        model: a loaded model, or what `load` takes; by default the embedded one.
         host: address to listen on; the default is reachable from this machine only.
         port: port to listen on.
         output_dir: where the pictures go; the only folder of yours that is served.
@@ -459,17 +395,22 @@ def launch(
         Error: Gradio is missing, the model cannot be loaded, or the folder or the port cannot be used.
     """
     gr = import_gradio()
-    page = build(model if isinstance(model, Model) else load(model), output_dir)
+    page = build(model if isinstance(model, Model) else load(model or EMBEDDED), output_dir)
     hues = {"primary_hue": "indigo", "secondary_hue": "indigo", "neutral_hue": "slate"}
     theme = gr.themes.Default(**hues, font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    settings = {"allowed_paths": [str(Path(output_dir).resolve())], "max_file_size": "20mb", "theme": theme, "css": CSS}
+    theme.set(body_text_color_subdued="*neutral_500")  # the default is too pale to read on white
+    settings = {"allowed_paths": [str(Path(output_dir).resolve())], "max_file_size": "20mb", "theme": theme}
+    settings |= {"css_paths": Path(__file__).with_suffix(".css")}
     settings |= {"share": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "enable_monitoring": False}
-    settings |= {"footer_links": [], "quiet": prevent_thread_lock, "prevent_thread_lock": prevent_thread_lock}
+    settings |= {"footer_links": [], "quiet": True, "prevent_thread_lock": True}
     with contextlib.ExitStack() as stack:
         if not prevent_thread_lock:  # Gradio may hand out what lies in the working directory: make that an empty one
             stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
         try:
             page.queue(max_size=16).launch(server_name=host, server_port=port, **settings)
-        except OSError as error:
-            raise RequestError(f"cannot listen on {host}:{port} ({error}): choose another port") from None
+        except OSError:
+            raise RequestError(f"cannot listen on {host}:{port}: it is taken, or not this machine's; choose another") from None
+        if not prevent_thread_lock:
+            print(f"imagegen studio: {page.local_url} (Ctrl-C ends it)", flush=True)
+            page.block_thread()
     return page

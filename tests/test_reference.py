@@ -1,7 +1,7 @@
 """Replay says yes to what it can make again, and no when the receipt or the weights were changed."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from PIL import Image
 
 import imagegen
 from imagegen.receipt import parse_receipt
+from imagegen.reference import stock_request
 from imagegen.result import Picture
 
 
@@ -94,3 +95,18 @@ def test_given_noise_cannot_be_replayed(model, tmp_path):
     (path,) = model("a star", noise=torch.zeros(1, 4, 16, 16), num_steps=2).save(tmp_path)
     with pytest.raises(imagegen.ReceiptError, match="noise given by the caller"):
         imagegen.replay(path, model=model)
+
+
+def test_stock_reference_is_refused_where_there_is_none(model):
+    receipt = model.generate("a red apple", seed=1, num_steps=1).pictures[0].receipt
+    assert stock_request(model, receipt).seed == 1
+    for wrong in (
+        replace(receipt, request=receipt.request | {"mode": "image-to-image"}),
+        replace(receipt, request=receipt.request | {"noise": True}),
+        replace(receipt, loras=[{"source": "style.safetensors"}]),
+        replace(receipt, model=receipt.model | {"sha256": {}}),
+    ):
+        with pytest.raises(imagegen.ReceiptError, match="reference of your own"):
+            stock_request(model, wrong)
+    with pytest.raises(imagegen.RequestError, match="num_steps"):
+        stock_request(model, replace(receipt, request=receipt.request | {"num_steps": 10**6}))

@@ -2,10 +2,12 @@
 
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
 import socket
+import sys
 import threading
 import urllib.error
 import urllib.parse
@@ -62,10 +64,11 @@ def browser():
 @pytest.fixture
 def page(browser, served):
     opened = browser.new_page()
-    opened.set_default_timeout(30_000)
+    opened.set_default_timeout(15_000)
     opened.hosts = set()
     opened.on("request", lambda request: opened.hosts.add(urllib.parse.urlsplit(request.url).netloc))
     opened.goto(served.url)
+    opened.get_by_role("button", name="Generate").wait_for()
     yield opened
     assert opened.hosts <= {f"127.0.0.1:{served.port}", ""}, "the page fetched something from elsewhere"
     opened.close()
@@ -92,9 +95,8 @@ def steps_seen(model, monkeypatch):
 
 def fill(page, **fields):
     for label, value in fields.items():
-        label = label.replace("_", " ")
-        exact = page.get_by_label(label, exact=True)
-        (exact if exact.count() == 1 else page.get_by_label(f"number input for {label}")).fill(str(value))
+        text = label in ("Prompt", "Seed")
+        page.get_by_label(label if text else f"number input for {label}", exact=text).fill(str(value))
 
 
 def generate(page, **fields):
@@ -191,19 +193,22 @@ def test_compare_with_an_uploaded_picture(page, served, tmp_path):
     changed.putpixel((0, 0), (red + 10 if red < 128 else red - 10, green, blue))
     changed.save(tmp_path / "changed.png")
     Image.new("RGB", (40, 24)).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_text("no picture")
     page.get_by_role("tab", name="Compare").click()
     page.get_by_label("A picture of your own").check()
-    compare = page.get_by_role("button", name="Compare", exact=True).last
-    page.locator("input[type=file]").last.set_input_files(tmp_path / "small.png")
-    page.get_by_role("button", name="Remove Image").nth(1).wait_for()
-    compare.click()
-    page.get_by_text("pictures of two sizes cannot be compared: 128x128 and 40x24").wait_for()
-    page.get_by_role("button", name="Remove Image").nth(1).click()
-    page.locator("input[type=file]").last.set_input_files(tmp_path / "changed.png")
-    page.get_by_role("button", name="Remove Image").nth(1).wait_for()
-    compare.click()
-    page.get_by_text("10 of 255").wait_for()
-    page.get_by_text("inside the noise floor").wait_for(state="detached")
+    reference = page.locator(".block.fill", has_text="Its reference")
+
+    def give(name, message):
+        reference.locator("input[type=file]").set_input_files(tmp_path / name)
+        reference.get_by_role("button", name="Remove Image").wait_for()
+        page.get_by_role("button", name="Compare", exact=True).last.click()
+        page.get_by_text(message).wait_for()
+        reference.get_by_role("button", name="Remove Image").click()
+
+    give("broken.png", "the file cannot be read as a picture")
+    give("small.png", "pictures of two sizes cannot be compared: 128x128 and 40x24")
+    give("changed.png", "10 of 255")
+    assert page.get_by_text("against the picture you gave: outside the noise floor").is_visible()
 
 
 def test_errors_and_warnings_are_one_message(page):
@@ -219,9 +224,10 @@ def test_errors_and_warnings_are_one_message(page):
     assert page.get_by_text("Traceback").count() == 0
 
 
-@pytest.mark.parametrize(
-    "path", ["/etc/passwd", str(Path(__file__).resolve()), "pyproject.toml", "{folder}/../secret.txt", "{folder}"]
-)
+OUTSIDE = ["/etc/passwd", str(Path(__file__).resolve()), "pyproject.toml", "{folder}/../secret.txt", "{folder}"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
 def test_only_the_output_folder_is_served(served, path):
     (served.folder / "own.txt").write_text("own")
     (served.folder.parent / "secret.txt").write_text("secret")
@@ -230,7 +236,23 @@ def test_only_the_output_folder_is_served(served, path):
     for route in ("gradio_api/file=", "file=", "gradio_api/file/", "static/", "assets/", "gradio_api/stream/"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             get(f"{served.url}/{route}{path}")
-        assert refused.value.code in (403, 404)
+        assert refused.value.code in (403, 404, 405)
+
+
+def test_only_uploads_are_compared(served, tmp_path):
+    def compare(folder):
+        file = Path(folder) / "private.png"
+        Image.new("RGB", (128, 128)).save(file)
+        own = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
+        body = json.dumps({"data": [own, studio.UPLOAD, own]}).encode()
+        call = f"{served.url}/gradio_api/call/compare"
+        started = urllib.request.urlopen(urllib.request.Request(call, body, {"Content-Type": "application/json"}))
+        return get(f"{call}/{json.load(started)['event_id']}").decode()
+
+    assert "identical" in compare(os.environ["GRADIO_TEMP_DIR"])  # where uploads lie
+    refused = compare(tmp_path)
+    assert "event: error" in refused
+    assert "identical" not in refused
 
 
 def test_listens_on_loopback_only_and_phones_nobody(served):
@@ -256,21 +278,6 @@ def test_follow_says_every_step_and_stops_when_told(model, tmp_path, steps_seen)
     assert [frame.message for frame in frames] == ["Stopped after step 2 of 50"]
     assert steps_seen == [0, 1]
     assert not streams_running()
-
-
-def test_stock_reference_is_refused_where_there_is_none(model):
-    receipt = model.generate("a red apple", seed=1, num_steps=1).pictures[0].receipt
-    assert studio.stock_request(model, receipt).seed == 1
-    for wrong in (
-        replace(receipt, request=receipt.request | {"mode": "image-to-image"}),
-        replace(receipt, request=receipt.request | {"noise": True}),
-        replace(receipt, loras=[{"source": "style.safetensors"}]),
-        replace(receipt, model=receipt.model | {"sha256": {}}),
-    ):
-        with pytest.raises(imagegen.ReceiptError, match="reference of your own"):
-            studio.stock_request(model, wrong)
-    with pytest.raises(imagegen.RequestError, match="num_steps"):
-        studio.stock_request(model, replace(receipt, request=receipt.request | {"num_steps": 10**6}))
 
 
 def test_what_is_missing_is_named(model, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep diffusers' and transformers' loading bars and notices off the terminal."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
@@ -101,7 +101,7 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any
     import diffusers
 
     pipeline_class = getattr(diffusers, read_index(folder)["_class_name"])
-    with _quiet():
+    with quiet():
         try:
             pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
@@ -171,7 +171,7 @@ def _for_mode(pipeline: Any, request: Request) -> Any:
     from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     kind = AutoPipelineForInpainting if request.mode == "inpainting" else AutoPipelineForImage2Image
-    with _quiet():
+    with quiet():
         runner = kind.from_pipe(pipeline)
     runner.set_progress_bar_config(disable=True)
     return runner
@@ -261,3 +261,34 @@ def decode_preview(pipeline: Any, original: torch.Tensor, size: tuple[int, int])
     decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     picture = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
     return picture if picture.size == size else picture.resize(size)
+
+
+def stock_picture(folder: Path, request: Request, device: torch.device, on_step: Callable[[int, int], bool]) -> Any:
+    """Make a request's picture with diffusers alone, in float32, from its seed.
+
+    Args:
+        folder: the model's; nothing that imagegen has loaded is used.
+        request: text to image, one picture.
+        device: where to run.
+        on_step: is told the steps done and all; ends the work by returning False.
+
+    Raises:
+        RequestError: the work was ended.
+    """
+    from diffusers import DiffusionPipeline
+
+    with quiet():
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    pipeline.to(device).set_progress_bar_config(disable=True)
+    if request.scheduler is not None:
+        pipeline.scheduler = make_scheduler(pipeline.scheduler, request.scheduler)
+
+    def after_step(running: Any, index: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        if not on_step(index + 1, running.num_timesteps):
+            raise RequestError("stopped before the reference was finished")
+        return {}
+
+    settings = {"negative_prompt": request.negative_prompt, "width": request.width, "height": request.height}
+    settings |= {"num_inference_steps": request.num_steps, "guidance_scale": request.guidance}
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return pipeline(request.prompt, **settings, generator=generator, callback_on_step_end=after_step).images[0]

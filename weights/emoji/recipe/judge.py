@@ -14,6 +14,7 @@ rate: Smith and Topin (2017), https://arxiv.org/abs/1708.07120.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -61,7 +62,7 @@ class Judge(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, channels[0], 3, 2, 1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU())
         levels = [Block(channels[0], channels[0], 1)]
-        levels += [Block(before, after, 2) for before, after in zip(channels, channels[1:], strict=False)]
+        levels += [Block(before, after, 2) for before, after in itertools.pairwise(channels)]
         self.levels = nn.Sequential(*levels)
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(channels[-1], num_concepts)

@@ -3,8 +3,8 @@
 Reads `autoencoder/` of the work folder, caches latents and caption embeddings there, writes
 `denoiser/` (the EMA, diffusers layout) when done or stopped; `denoiser.pt` is the state to resume
 from, written whole every few minutes. `--steps` may be changed between runs: the learning rate
-holds until the last quarter and then falls to zero. A state without its optimiser (`--fresh-optimiser`)
-goes on with a warm-up.
+holds until the last quarter and then falls to zero. A state without its optimiser, and shipped weights
+(`--start-from ../unet`), go on with a warm-up.
 
 Flow matching: Lipman et al. (2022), https://arxiv.org/abs/2210.02747; logit-normal times: Esser et
 al. (2024), https://arxiv.org/abs/2403.03206, section 3.1.
@@ -126,21 +126,24 @@ def learning_rate(step: int, warmed_from: int, num_steps: int) -> float:
 class Training:
     """Everything that a resumed run needs, and how it is stored."""
 
-    def __init__(self, work: Path, fresh_optimiser: bool):
-        """Start, or read `denoiser.pt` and go on."""
+    def __init__(self, work: Path, fresh_optimiser: bool, start_from: Path | None):
+        """Read `denoiser.pt` and go on; where there is none start from a denoiser's folder, or afresh."""
         torch.manual_seed(0)
         self.file = work / "denoiser.pt"
-        self.model = new_denoiser().to(memory_format=torch.channels_last)
+        fresh = UNet2DConditionModel.from_pretrained(start_from).float() if start_from else new_denoiser()
+        self.model = fresh.train().to(memory_format=torch.channels_last)
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.99), fused=True)
         self.step = self.warmed_from = 0
+        self.trained_s = 0.0
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.ema, self.step, self.warmed_from = state["ema"], state["step"], state["warmed_from"]
+            self.trained_s = state["trained_s"]
             if fresh_optimiser or "optimiser" not in state:
                 self.warmed_from = self.step
             else:
@@ -149,7 +152,7 @@ class Training:
     def save(self) -> None:
         """Write the whole state beside its place and move it in."""
         state = {"model": self.model.state_dict(), "ema": self.ema, "optimiser": self.optimiser.state_dict()}
-        state |= {"step": self.step, "warmed_from": self.warmed_from}
+        state |= {"step": self.step, "warmed_from": self.warmed_from, "trained_s": self.trained_s}
         torch.save(state, self.file.with_suffix(".part"))
         os.replace(self.file.with_suffix(".part"), self.file)
 
@@ -167,13 +170,13 @@ class Training:
         model.save_pretrained(folder)
 
 
-def train(work: Path, num_steps: int, fresh_optimiser: bool) -> None:
+def train(work: Path, num_steps: int, fresh_optimiser: bool = False, start_from: Path | None = None) -> None:
     """Train, or go on training; SIGTERM and Ctrl-C save and leave."""
     pictures = Pictures(work, ("concept",))
     variants = list_variants(len(pictures))
     latents = cache_latents(work, pictures, variants)
     words, rows = cache_captions(work, pictures, variants)
-    training = Training(work, fresh_optimiser)
+    training = Training(work, fresh_optimiser, start_from)
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.append(True))
@@ -209,10 +212,14 @@ def train(work: Path, num_steps: int, fresh_optimiser: bool) -> None:
             print(json.dumps(row | {"left_min": round(pace_s * (num_steps - training.step) / 60, 1)}), file=log)
             sum_loss = 0.0
         if time.monotonic() - saved_at > 240:
+            training.trained_s += time.monotonic() - saved_at
             training.save()
             saved_at = time.monotonic()
+    training.trained_s += time.monotonic() - saved_at
     training.save()
     training.export(work / "denoiser")
+    facts = {"num_pictures": training.step * BATCH, "hours": round(training.trained_s / 3600, 2)}
+    (work / "denoiser.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
@@ -220,5 +227,8 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--fresh-optimiser", action="store_true")
+    parser.add_argument(
+        "--start-from", type=Path, help="the folder of a denoiser, such as weights/emoji/unet; then --fresh-optimiser is meant"
+    )
     arguments = parser.parse_args()
-    train(arguments.work, arguments.steps, arguments.fresh_optimiser)
+    train(arguments.work, arguments.steps, arguments.fresh_optimiser, arguments.start_from)

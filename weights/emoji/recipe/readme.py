@@ -1,0 +1,236 @@
+"""Write every table and picture of the README and of the model card, from these weights on this machine.
+
+Everything between `<!-- begin:NAME -->` and `<!-- end:NAME -->` is replaced; nothing else is touched.
+Times are medians of runs that alternate with stock diffusers: let the machine be idle. Needs the
+package installed with its `dev` extra, Chromium, and `evaluation.json` from `evaluate.py`.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+from build_data import default_work
+from PIL import Image
+from rich.progress import track
+
+import imagegen
+from imagegen.fidelity import max_difference, psnr_db
+from imagegen.measure import machine, versions
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent
+ROOT = MODEL.parent.parent
+SAMPLES = MODEL / "samples"
+PROMPTS = (
+    *("a red apple", "a cat face", "a sunflower", "a rocket", "a frog", "a pizza"),
+    *("a blue heart on a yellow background", "a penguin", "a bus on a pink background", "a mushroom", "a guitar", "a snowman"),
+)
+SEED = 7
+RUNS = 7
+
+
+def fill(file: Path, name: str, text: str) -> None:
+    """Replace what stands between a name's markers, in place or in lines of its own."""
+    content = file.read_text()
+    begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+    if content.count(begin) != 1 or content.count(end) != 1:
+        raise SystemExit(f"{file.name} must hold the markers of {name!r} once")
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    body = f"\n{text}\n" if "\n" in text else text
+    part = file.with_suffix(".part")
+    part.write_text(pattern.sub(lambda _: begin + body + end, content))
+    os.replace(part, file)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(times_s: list[float]) -> str:
+    """Return a median with its range."""
+    return f"{statistics.median(times_s):.2f} s ({min(times_s):.2f}–{max(times_s):.2f})"
+
+
+def alternate(first: Callable[[], None], second: Callable[[], None], what: str) -> tuple[list[float], list[float]]:
+    """Time two things in turn, each once unmeasured first; return the seconds of each run."""
+    first(), second()
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in track(range(RUNS), description=what):
+        for times_s, run in zip(found, (first, second), strict=True):
+            started = time.perf_counter()
+            run()
+            times_s.append(time.perf_counter() - started)
+    return found
+
+
+def write_pictures(model: imagegen.Model) -> None:
+    """Make the samples and the strip of all of them."""
+    SAMPLES.mkdir(exist_ok=True)
+    for old in SAMPLES.glob(f"{SEED}-*.png"):
+        old.unlink()
+    results = [model(prompt, seed=SEED) for prompt in track(PROMPTS, description="pictures")]
+    for result in results:
+        result.save(SAMPLES)
+    columns, gap = 6, 8
+    side = 128 + gap
+    strip = Image.new("RGB", (columns * side + gap, -(-len(results) // columns) * side + gap), "white")
+    for index, result in enumerate(results):
+        strip.paste(result.images[0], (gap + index % columns * side, gap + index // columns * side))
+    strip.save(SAMPLES / "strip.png")
+
+
+def measure_times(model: imagegen.Model, stock: object) -> str:
+    """Cold start and warm picture, ours and stock in turn, and whether the pictures are the same."""
+    with tempfile.TemporaryDirectory() as out:
+        ours = [sys.executable, "-m", "imagegen", "generate", "a red apple", "--steps", "20", "--guidance", "4", "--seed", "7"]
+        theirs = [sys.executable, str(HERE / "stock.py"), str(MODEL), f"{out}/stock.png"]
+
+        def run(command: list[str]) -> None:
+            subprocess.run(command, check=True, capture_output=True, cwd=out)
+
+        cold = alternate(lambda: run([*ours, "--out", out]), lambda: run(theirs), "cold start")
+        made = sorted(Path(out).glob("7-a-red-apple*.png"))[0]
+        same_cold = psnr_db(Image.open(made), Image.open(f"{out}/stock.png"))
+
+    def make_stock() -> None:
+        chance = torch.Generator("cpu").manual_seed(SEED)
+        made_warm["stock"] = stock("a red apple", num_inference_steps=20, guidance_scale=4.0, generator=chance).images[0]
+
+    def make_ours() -> None:
+        made_warm["ours"] = model("a red apple", seed=SEED, num_steps=20, guidance=4.0).images[0]
+
+    made_warm: dict[str, Image.Image] = {}
+    warm = alternate(make_ours, make_stock, "warm picture")
+    same_warm = psnr_db(made_warm["ours"], made_warm["stock"])
+    rows = []
+    for what, (mine, others), same in (
+        ("`imagegen generate`, whole process, against a stock script", cold, same_cold),
+        ("one picture, model loaded", warm, same_warm),
+    ):
+        ratio = statistics.median(mine) / statistics.median(others)
+        shown = "identical" if same == float("inf") else f"{same:.1f} dB"
+        rows.append((what, spread(mine), spread(others), f"{ratio:.2f}", shown))
+    head = ("20 steps, guidance 4, 128×128, fp32", "imagegen, `exact`", "stock diffusers", "ratio of medians", "picture")
+    return table(head, rows)
+
+
+def measure_floor(model: imagegen.Model) -> str:
+    """Picture i of a batch of 4 against the same picture alone, on one thread and two."""
+    before = torch.get_num_threads()
+    rows = []
+    try:
+        for threads in (1, 2):
+            worst_db, worst = float("inf"), 0
+            for prompt in track(PROMPTS[:4], description=f"noise floor, {threads} threads"):
+                torch.set_num_threads(2)
+                batch = model(prompt, seed=SEED, num_images=4).images
+                torch.set_num_threads(threads)
+                for index in range(4):
+                    alone = model(prompt, seed=SEED + index).images[0]
+                    worst_db, worst = min(worst_db, psnr_db(alone, batch[index])), max(worst, max_difference(alone, batch[index]))
+            rows.append((f"batch of 4 on two threads, alone on {threads}", f"{worst_db:.1f} dB", f"{worst}/255"))
+    finally:
+        torch.set_num_threads(before)
+    return table(("16 pictures each", "worst PSNR", "largest difference"), rows)
+
+
+def describe_evaluation(report: dict) -> str:
+    """Return the table of `evaluation.json`."""
+    concepts, backgrounds, vae = report["concepts"], report["backgrounds"], report["autoencoder"]
+    judge, near = report["judge"]["accuracy_twemoji"], report["nearest"]
+    made, real = near["made_shifted"], near["twemoji_shifted"]
+    rows = [
+        (f"Concepts recognised, {concepts['num']} pictures", f"{concepts['top1']:.1%} top-1, {concepts['top5']:.1%} top-5"),
+        ("The judge itself, on real Twemoji", f"{judge['top1']:.1%} top-1, {judge['top5']:.1%} top-5"),
+        (f"Background colour right, {backgrounds['num']} pictures, 8 colours", f"{backgrounds['accuracy']:.1%}"),
+        (f"Autoencoder, {vae['heldout_num']} held-out pictures", f"{vae['heldout_db']:.2f} dB PSNR"),
+        (f"Autoencoder, {vae['unseen_num']} Twemoji pictures", f"{vae['unseen_db']:.2f} dB PSNR"),
+        ("Distance to the nearest training picture, median (minimum)", f"{made['median']:.3f} ({made['minimum']:.3f})"),
+        ("The same for real unseen pictures (Twemoji)", f"{real['median']:.3f} ({real['minimum']:.3f})"),
+    ]
+    named = report.get("named_blind")
+    if named:
+        rows.insert(1, ("Named by somebody who saw 30 pictures without their prompts", f"{named['right']} of {named['of']}"))
+    return table(("What", "Measured"), rows)
+
+
+def describe_training(work: Path) -> str:
+    """Return what the two trainings took."""
+    vae, denoiser = (json.loads((work / f"{name}.json").read_text()) for name in ("autoencoder", "denoiser"))
+    rows = [
+        (part, f"{facts['num_pictures']:,}", f"{facts['hours']} hours, two shared CPU cores")
+        for part, facts in (("Autoencoder", vae), ("Denoiser", denoiser))
+    ]
+    return table(("Part", "Pictures seen", "Time"), rows)
+
+
+def photograph_demo(model: imagegen.Model) -> None:
+    """Take the demo's picture: a finished picture in the Generate tab."""
+    from playwright.sync_api import sync_playwright
+
+    from imagegen import studio
+
+    browser_path = shutil.which("chromium")
+    if browser_path is None:
+        raise SystemExit("the demo's screenshot needs Chromium: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as out:
+        demo = studio.launch(model, port=0, output_dir=Path(out), prevent_thread_lock=True)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            studio_address = demo.local_url
+            page.goto(studio_address)
+            page.get_by_label("Prompt", exact=True).fill("a red apple")
+            page.get_by_role("button", name="Generate").click()
+            page.wait_for_timeout(15000)
+            page.screenshot(path=SAMPLES / "demo.png")
+            browser.close()
+        demo.close()
+
+
+def main(work: Path) -> None:
+    """Write everything."""
+    from diffusers import DiffusionPipeline
+
+    model = imagegen.load()
+    stock = DiffusionPipeline.from_pretrained(MODEL)
+    stock.set_progress_bar_config(disable=True)
+    readme, card = ROOT / "README.md", MODEL / "README.md"
+    report = json.loads((HERE / "evaluation.json").read_text())
+    write_pictures(model)
+    photograph_demo(model)
+    here, libraries = machine(), versions()
+    pins = ", ".join(f"{name} {libraries[name]}" for name in ("torch", "diffusers", "transformers"))
+    place = f"{here['cpu']}, {here['cores']} cores, Python {here['python']}, {pins}"
+    fill(readme, "machine", f"{place}; {date.today().isoformat()}; {RUNS} runs each in turn, median (range).\n")
+    fill(readme, "times", measure_times(model, stock))
+    fill(readme, "floor", measure_floor(model))
+    for file in (readme, card):
+        fill(file, "model", describe_evaluation(report))
+    fill(card, "training", describe_training(work))
+    counts = {
+        name: sum(p.numel() for p in getattr(model.pipeline, name).parameters()) for name in ("vae", "unet", "text_encoder")
+    }
+    for name, count in counts.items():
+        fill(card, name, f"{count / 1e6:.1f} M")
+    size_mb = sum(file.stat().st_size for file in MODEL.rglob("*.safetensors")) / 1e6
+    fill(readme, "size", f"{sum(counts.values()) / 1e6:.0f} M parameters, {size_mb:.0f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=default_work())
+    main(parser.parse_args().work)
