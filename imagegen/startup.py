@@ -1,22 +1,25 @@
 """A quicker start for a command that makes a picture and ends: what it does not need is not imported.
 
 diffusers and transformers import torch's compiler (`torch._dynamo`: with FSDP and sympy about a
-second) to mark some classes and functions for it, and torch's sharded tensors (half a second) in
-case a model is spread over processes. While a command loads its model, the compiler is a stand-in
-that takes the marks and becomes the real module at any other question, and `torch.distributed` says
-that it is not there, as in a torch built without it. Only the command line's own process does this,
-and only in commands that compile and distribute nothing: a library user's modules are never touched.
+second) to mark some classes and functions for it, torch's sharded tensors (half a second) in case a
+model is spread over processes, and torchao and peft where they are installed. While a command loads
+its model, the compiler is a stand-in that takes the marks and becomes the real module at any other
+question, `torch.distributed` says that it is not there, as in a torch built without it, and whoever
+asks whether those packages are installed hears no. Only the command line's own process does this, and
+only in commands that compile, quantise and distribute nothing: a library user's modules are never touched.
 """
 
 import contextlib
 import gc
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 COMPILER = "torch._dynamo"
+NOT_FOR_ONE_PICTURE = ("torchao", "peft")
 MARKERS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph", "forbid_in_graph")
 
 
@@ -38,7 +41,7 @@ def _leave_unmarked(marked: Any = None, *_: Any, **__: Any) -> Any:
 
 @contextlib.contextmanager
 def imports_for_one_picture() -> Iterator[None]:
-    """Import torch; what is imported inside comes without the compiler and sharded tensors.
+    """Import torch; what is imported inside comes without the compiler, sharded tensors and quantisers.
 
     Afterwards `import torch._dynamo` finds the real compiler again.
     """
@@ -53,11 +56,12 @@ def imports_for_one_picture() -> Iterator[None]:
     vars(stand_in).update(dict.fromkeys(MARKERS, _leave_unmarked))
     vars(stand_in)["eval_frame"] = SimpleNamespace(OptimizedModule=type("OptimizedModule", (), {}))
     sys.modules[COMPILER] = torch._dynamo = stand_in
-    there = torch.distributed.is_available
+    there, find_spec = torch.distributed.is_available, importlib.util.find_spec
     torch.distributed.is_available = lambda: False
+    importlib.util.find_spec = lambda name, package=None: None if name in NOT_FOR_ONE_PICTURE else find_spec(name, package)
     try:
         yield
     finally:
-        torch.distributed.is_available = there
+        torch.distributed.is_available, importlib.util.find_spec = there, find_spec
         if sys.modules.get(COMPILER) is stand_in:
             del sys.modules[COMPILER]

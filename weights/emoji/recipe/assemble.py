@@ -44,6 +44,8 @@ def assemble(denoiser: UNet2DConditionModel, autoencoder: AutoencoderKL, folder:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as made:
         pipeline.save_pretrained(made)
+        for file in Path(made).glob("*/config.json"):
+            _amend(file)
         _amend(Path(made) / "text_encoder/config.json", dtype="float32", use_attention_mask=True)
         _amend(Path(made) / "tokenizer/tokenizer_config.json", model_max_length=MAX_TOKENS)
         for file in Path(made).rglob("*.*"):

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from build_data import default_work
 from pictures import BACKGROUNDS, Pictures
+from precision import fast_autocast
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -251,7 +252,7 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate()
         torch.manual_seed(self.step)  # of the dropout
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_autocast():
             logits = self.model(pictures)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
         loss.backward()

@@ -5,6 +5,9 @@ resume from, written whole. The seed of a step's data is a function of the step,
 sees the same pictures. After training the latents are whitened by folding an affine map into the
 1x1 convolutions on both sides of the bottleneck: the denoiser gets zero mean and unit covariance
 per channel, and `scaling_factor` is 1.
+
+`--polish ../vae` goes on with the decoder alone, on latents without noise: the latents stay what the
+denoiser knows. Its state is `polish.pt`.
 """
 
 import argparse
@@ -17,12 +20,14 @@ import torch
 from build_data import default_work
 from diffusers import AutoencoderKL
 from pictures import BACKGROUNDS, CANVAS_PX, Pictures
+from precision import fast_autocast
 
 CHANNELS = (16, 48, 96, 160)
 CROP_PX = 96  # the first four fifths train on crops, where a pixel teaches more for its time
 CROP_SHARE = 0.8
 BATCH = 16
 LEARNING_RATE = 1e-3
+POLISH_LEARNING_RATE = 6e-4
 KL_WEIGHT = 5e-4  # per latent element: leaves a noise of about 0.05 standard deviations
 
 
@@ -60,20 +65,34 @@ def draw_batch(pictures: Pictures, step: int, size: int) -> torch.Tensor:
     return torch.stack(batch).to(memory_format=torch.channels_last)
 
 
-def loss_of(model: AutoencoderKL, batch: torch.Tensor) -> torch.Tensor:
-    """Reconstruction (L1, L2, L1 of differences along x and y) plus the KL term."""
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = model.encode(batch).latent_dist
-        decoded = model.decode(posterior.sample()).sample
+def reconstruction_loss(decoded: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """L1, L2 and half the L1 of the differences along x and y."""
     error = decoded.float() - batch
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + error.square().mean() + 0.5 * edges
+
+
+def loss_of(model: AutoencoderKL, batch: torch.Tensor) -> torch.Tensor:
+    """Reconstruction through a noisy bottleneck plus the KL term."""
+    with fast_autocast():
+        posterior = model.encode(batch).latent_dist
+        decoded = model.decode(posterior.sample()).sample
     kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float())
-    return error.abs().mean() + error.square().mean() + 0.5 * edges + KL_WEIGHT * kl.mean()
+    return reconstruction_loss(decoded, batch) + KL_WEIGHT * kl.mean()
 
 
-def learning_rate(progress: float, step: int) -> float:
+def polish_loss_of(model: AutoencoderKL, batch: torch.Tensor) -> torch.Tensor:
+    """Reconstruction from the encoder's mean; the encoder is left as it is."""
+    with fast_autocast():
+        with torch.no_grad():
+            latents = model.encode(batch).latent_dist.mean
+        decoded = model.decode(latents).sample
+    return reconstruction_loss(decoded, batch)
+
+
+def learning_rate(highest: float, progress: float, step: int) -> float:
     """Warm up over 100 steps, hold, and fall linearly to zero over the last 40 %."""
-    return LEARNING_RATE * min(1.0, (step + 1) / 100, (1 - progress) / 0.4)
+    return highest * min(1.0, (step + 1) / 100, (1 - progress) / 0.4)
 
 
 def whiten(model: AutoencoderKL, pictures: Pictures) -> None:
@@ -97,28 +116,32 @@ def whiten(model: AutoencoderKL, pictures: Pictures) -> None:
         before.bias.copy_(bias)
 
 
-def train(work: Path, num_steps: int) -> None:
-    """Train, or go on training, and write the result."""
+def train(work: Path, num_steps: int, polish: Path | None = None) -> None:
+    """Train, or go on training, and write the result; `polish` is the folder of an autoencoder whose decoder gets better."""
     pictures = Pictures(work, ("concept", "other"))
     torch.manual_seed(0)
-    model = new_autoencoder().to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
-    state_file, first, trained_s = work / "autoencoder.pt", 0, 0.0
+    name, highest = ("polish", POLISH_LEARNING_RATE) if polish else ("autoencoder", LEARNING_RATE)
+    model = AutoencoderKL.from_pretrained(polish, torch_dtype=torch.float32) if polish else new_autoencoder()
+    model.to(memory_format=torch.channels_last)
+    trained = [*model.decoder.parameters(), *model.post_quant_conv.parameters()] if polish else list(model.parameters())
+    optimiser = torch.optim.AdamW(trained, highest, betas=(0.9, 0.99), weight_decay=1e-4)
+    state_file, first, trained_s = work / f"{name}.pt", 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         first, trained_s = state["step"], state["trained_s"]
-    log = open(work / "autoencoder.jsonl", "a", buffering=1)
+    log = open(work / f"{name}.jsonl", "a", buffering=1)
     started, sum_loss = time.monotonic(), 0.0
     for step in range(first, num_steps):
         progress = step / num_steps
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(progress, step)
+            group["lr"] = learning_rate(highest, progress, step)
         torch.manual_seed(step)
-        loss = loss_of(model, draw_batch(pictures, step, CROP_PX if progress < CROP_SHARE else CANVAS_PX))
+        batch = draw_batch(pictures, step, CROP_PX if progress < CROP_SHARE else CANVAS_PX)
+        loss = polish_loss_of(model, batch) if polish else loss_of(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         sum_loss += loss.item()
@@ -138,15 +161,17 @@ def train(work: Path, num_steps: int) -> None:
             torch.save(state, state_file.with_suffix(".part"))
             os.replace(state_file.with_suffix(".part"), state_file)
     model.eval()
-    whiten(model, pictures)
+    if not polish:
+        whiten(model, pictures)
     model.save_pretrained(work / "autoencoder")
     hours = round((trained_s + time.monotonic() - started) / 3600, 2)
-    (work / "autoencoder.json").write_text(json.dumps({"num_pictures": num_steps * BATCH, "hours": hours}))
+    (work / f"{name}.json").write_text(json.dumps({"num_pictures": num_steps * BATCH, "hours": hours}))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--polish", type=Path, help="the folder of an autoencoder, such as weights/emoji/vae")
     arguments = parser.parse_args()
-    train(arguments.work, arguments.steps)
+    train(arguments.work, arguments.steps, arguments.polish)

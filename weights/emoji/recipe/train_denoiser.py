@@ -23,6 +23,7 @@ from build_data import default_work
 from captions import caption, telling_tags
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from pictures import BACKGROUNDS, Pictures
+from precision import fast_autocast
 from rich.progress import track
 from text import embed, load_text_encoder
 
@@ -74,7 +75,7 @@ def cache_latents(work: Path, pictures: Pictures, variants: list) -> torch.Tenso
     if not file.exists():
         model = AutoencoderKL.from_pretrained(work / "autoencoder").to(memory_format=torch.channels_last)
         latents = []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), fast_autocast():
             for start in track(range(0, len(variants), 32), description="latents"):
                 batch = torch.stack([pictures.canvas(*variant) for variant in variants[start : start + 32]])
                 latents.append(model.encode(batch.to(memory_format=torch.channels_last)).latent_dist.mean.half())
@@ -113,7 +114,7 @@ def loss_of(model: torch.nn.Module, latents: torch.Tensor, words: torch.Tensor, 
     noise = torch.randn(latents.shape, generator=chance)
     place = sigma[:, None, None, None]
     noisy = (1 - place) * latents + place * noise
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_autocast():
         velocity = model(noisy.to(memory_format=torch.channels_last), sigma * 1000, words).sample
     return (velocity.float() - (noise - latents)).square().mean()
 
