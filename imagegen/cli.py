@@ -427,7 +427,7 @@ def doctor(as_json: JsonOption = False) -> None:
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to bind to.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port.")] = 7860,
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7860,
     out: Annotated[Path, typer.Option(help="Where the demo writes its pictures.")] = Path("imagegen-pictures"),
     model: ModelOption = EMBEDDED,
     device: DeviceOption = None,

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -349,6 +350,13 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
     )  # fmt: skip
 
 
+def find_port(host: str) -> int:
+    """Return a port that is free on that address now; Gradio does not take 0 for one."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+        free.bind((host, 0))
+        return free.getsockname()[1]
+
+
 def build(model: Model, output_dir: str | Path) -> "gr.Blocks":
     """Lay out the page for a model and make it work; pictures go to `output_dir`. `launch` serves it.
 
@@ -387,7 +395,7 @@ def launch(
     Args:
         model: a loaded model, or what `load` takes; by default the embedded one.
         host: address to listen on; the default is reachable from this machine only.
-        port: port to listen on.
+        port: port to listen on; 0 takes any free one.
         output_dir: where the pictures go; the only folder of yours that is served.
         prevent_thread_lock: return at once and serve in the background; `close()` what is returned.
 
@@ -407,7 +415,7 @@ def launch(
         if not prevent_thread_lock:  # Gradio may hand out what lies in the working directory: make that an empty one
             stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
         try:
-            page.queue(max_size=16).launch(server_name=host, server_port=port, **settings)
+            page.queue(max_size=16).launch(server_name=host, server_port=port or find_port(host), **settings)
         except OSError:
             raise RequestError(f"cannot listen on {host}:{port}: it is taken, or not this machine's; choose another") from None
         if not prevent_thread_lock:

@@ -7,6 +7,7 @@ Every part's config says `"dtype": "float32"` where its loader listens to it, so
 import argparse
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -58,6 +59,24 @@ def assemble(denoiser: UNet2DConditionModel, autoencoder: AutoencoderKL, folder:
     (folder / "LICENSE-MiniLM").write_text(NOTICE + licence)
 
 
+def keep_account(work: Path, file: Path) -> None:
+    """Write into `training.json` what the trainings of this work folder took so far.
+
+    Work folders come and go with their machines; what made the shipped weights is the sum over all of them.
+    """
+    trained = json.loads(file.read_text())
+    name_file = work / "run.txt"
+    if not name_file.exists():
+        name_file.write_text(secrets.token_hex(4))
+    for name, part in (("autoencoder", "autoencoder"), ("polish", "autoencoder"), ("denoiser", "denoiser")):
+        account = work / f"{name}.json"
+        if account.exists():
+            trained[part][f"{name_file.read_text()}-{name}"] = json.loads(account.read_text())
+    part_file = file.with_suffix(".part")
+    part_file.write_text(json.dumps(trained, indent=1) + "\n")
+    os.replace(part_file, file)
+
+
 def _amend(file: Path, **values: object) -> None:
     """Set values in a JSON file, and drop the path of this machine that libraries leave there."""
     config = json.loads(file.read_text()) | values
@@ -75,3 +94,4 @@ if __name__ == "__main__":
         AutoencoderKL.from_pretrained(arguments.work / "autoencoder"),
         arguments.out,
     )
+    keep_account(arguments.work, HERE / "training.json")

@@ -20,7 +20,6 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from build_data import default_work
 from PIL import Image
 from rich.progress import track
 
@@ -167,18 +166,21 @@ def describe_evaluation(report: dict) -> str:
     return table(("What", "Measured"), rows)
 
 
-def describe_training(work: Path) -> str:
-    """Return what the two trainings took."""
-    vae, denoiser = (json.loads((work / f"{name}.json").read_text()) for name in ("autoencoder", "denoiser"))
+def describe_training(trained: dict) -> str:
+    """Return what `training.json` says that the two trainings took."""
     rows = [
-        (part, f"{facts['num_pictures']:,}", f"{facts['hours']} hours, two shared CPU cores")
-        for part, facts in (("Autoencoder", vae), ("Denoiser", denoiser))
+        (
+            part.capitalize(),
+            f"{sum(run['num_pictures'] for run in runs.values()):,}",
+            f"{sum(run['hours'] for run in runs.values()):.2f} hours, one or two shared CPU cores",
+        )
+        for part, runs in trained.items()
     ]
     return table(("Part", "Pictures seen", "Time"), rows)
 
 
 def photograph_demo(model: imagegen.Model) -> None:
-    """Take the demo's picture: a finished picture in the Generate tab."""
+    """Take the demo's picture: a finished picture beside its reference output in the Compare tab."""
     from playwright.sync_api import sync_playwright
 
     from imagegen import studio
@@ -191,17 +193,21 @@ def photograph_demo(model: imagegen.Model) -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport={"width": 1280, "height": 900})
-            studio_address = demo.local_url
-            page.goto(studio_address)
+            page.goto(demo.local_url)
             page.get_by_label("Prompt", exact=True).fill("a red apple")
+            page.get_by_label("Seed", exact=True).fill(str(SEED))
             page.get_by_role("button", name="Generate").click()
-            page.wait_for_timeout(15000)
+            page.get_by_role("button", name="Download PNG").wait_for(timeout=60_000)
+            page.get_by_role("button", name="Compare", exact=True).first.click()
+            page.get_by_role("button", name="Compare", exact=True).last.click()
+            page.get_by_text("the noise floor of equal runs").wait_for(timeout=60_000)
+            page.wait_for_timeout(1500)  # the slider's pictures are drawn
             page.screenshot(path=SAMPLES / "demo.png")
             browser.close()
         demo.close()
 
 
-def main(work: Path) -> None:
+def main() -> None:
     """Write everything."""
     from diffusers import DiffusionPipeline
 
@@ -220,7 +226,7 @@ def main(work: Path) -> None:
     fill(readme, "floor", measure_floor(model))
     for file in (readme, card):
         fill(file, "model", describe_evaluation(report))
-    fill(card, "training", describe_training(work))
+    fill(card, "training", describe_training(json.loads((HERE / "training.json").read_text())))
     counts = {
         name: sum(p.numel() for p in getattr(model.pipeline, name).parameters()) for name in ("vae", "unet", "text_encoder")
     }
@@ -231,6 +237,5 @@ def main(work: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=default_work())
-    main(parser.parse_args().work)
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    main()
