@@ -227,18 +227,15 @@ def generate(
 
 
 def _follow(model: "Model", prompt: str, **settings: Any) -> Any:
-    """Read a stream to its end with a progress bar (step count, time left) on stderr."""
+    """Make pictures with a progress bar (step count, time left) on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"), TimeRemainingColumn())
     console = Console(stderr=True)
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with contextlib.closing(model.stream(prompt, **settings)) as stream, progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(prompt if len(prompt) <= 40 else prompt[:39] + "…", total=None)
-        for step in stream:
-            progress.update(task, total=step.num_steps, completed=step.index + 1)
-    return step.result
+        return model.run(prompt, lambda step: progress.update(task, total=step.num_steps, completed=step.index + 1), **settings)
 
 
 @app.command()

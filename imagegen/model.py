@@ -1,12 +1,12 @@
 """Model: load it, ask it for pictures, or follow it step by step.
 
-A model is a stream of steps. `generate` reads the stream to its end; a progress bar, a live preview
-and a stop button read the same stream. Knows nothing of diffusers.
+A model is a run of steps. `generate` waits for its end, `run` is told of every step, and `stream` hands
+the steps to a reader, who may stop. Knows nothing of diffusers.
 """
 
 import time
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -130,11 +130,27 @@ class Model:
         Raises:
             RequestError: a setting is wrong; the message says which and what to do.
         """
-        *_, last = self.stream(prompt, **settings)
-        assert last.result is not None
-        return last.result
+        return self.run(prompt, None, **settings)
 
     __call__ = generate
+
+    def run(self, prompt: str, on_step: Callable[[Step], None] | None, **settings: Unpack[Settings]) -> Result:
+        """Make pictures in this thread and tell `on_step`, if any, of every step; else as `generate`.
+
+        An exception raised in `on_step`, or Ctrl-C, ends the work and leaves the model as it was.
+
+        Raises:
+            RequestError: a setting is wrong.
+        """
+        request, run = self._prepare(prompt, settings)
+        started = time.perf_counter()
+
+        def tell(state: diffusion.StepState) -> None:
+            assert on_step is not None
+            on_step(self._step(state, request, time.perf_counter() - started))
+
+        images = run(tell if on_step else None)
+        return self._result(request, images, time.perf_counter() - started, settings.get("noise") is not None)
 
     def stream(self, prompt: str, **settings: Unpack[Settings]) -> Generator[Step, None, None]:
         """Make pictures step by step; takes what `generate` takes.
@@ -145,37 +161,44 @@ class Model:
         Raises:
             RequestError: a setting is wrong; raised here, before anything runs.
         """
+        request, run = self._prepare(prompt, settings)
+        return self._read(request, diffusion.in_lock_step(run), given_noise=settings.get("noise") is not None)
+
+    def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, diffusion.Run]:
+        """Check everything before anything runs; a prompt too long for the text encoder warns."""
         request = build_request(prompt, self.family, settings)
         noise = settings.get("noise")
         if noise is not None and not isinstance(noise, torch.Tensor):
             raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
         limit, cut = diffusion.cut_text(self.pipeline, request.prompt)
         if cut:
-            warnings.warn(f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}", stacklevel=2)
-        states = diffusion.stream_steps(self.pipeline, request, noise)
-        return self._read(request, states, given_noise=noise is not None)
+            warnings.warn(f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}", stacklevel=4)
+        return request, diffusion.prepare_run(self.pipeline, request, noise)
 
     def _read(self, request: Request, states: Generator[Any, None, None], given_noise: bool) -> Generator[Step, None, None]:
         """Turn the family's states into steps: one is held back, so that the last carries the result."""
         started = time.perf_counter()
         held: Step | None = None
-        size = (request.width, request.height)
         try:
             for state in states:
                 elapsed_s = time.perf_counter() - started
                 if isinstance(state, list):
                     assert held is not None
-                    pictures = [
-                        Picture(image, self._receipt(request.of_picture(index), image, given_noise))
-                        for index, image in enumerate(state)
-                    ]
-                    yield replace(held, elapsed_s=elapsed_s, result=Result(pictures, elapsed_s))
+                    yield replace(held, elapsed_s=elapsed_s, result=self._result(request, state, elapsed_s, given_noise))
                     return
                 if held is not None:
                     yield held
-                held = Step(state.index, state.num_steps, elapsed_s, state.latents, None, state.original, self, size)
+                held = self._step(state, request, elapsed_s)
         finally:
             states.close()
+
+    def _step(self, state: diffusion.StepState, request: Request, elapsed_s: float) -> Step:
+        size = (request.width, request.height)
+        return Step(state.index, state.num_steps, elapsed_s, state.latents, None, state.original, self, size)
+
+    def _result(self, request: Request, images: list["Image"], elapsed_s: float, given_noise: bool) -> Result:
+        receipts_of = (self._receipt(request.of_picture(index), image, given_noise) for index, image in enumerate(images))
+        return Result([Picture(*pair) for pair in zip(images, receipts_of, strict=True)], elapsed_s)
 
     def _receipt(self, request: Request, image: "Image", given_noise: bool) -> receipts.Receipt:
         card = CARDS.get(self.source)

@@ -183,6 +183,27 @@ def test_leaving_the_loop_stops_the_work_within_a_step(model, monkeypatch):
     assert_identical(model("a red apple", seed=7, num_steps=4).images[0], expected)
 
 
+def test_run_tells_every_step_in_the_callers_thread(model, monkeypatch):
+    expected = model("a red apple", seed=7, num_steps=4).images[0]
+    calls, told = count_calls(model, monkeypatch), []
+
+    def on_step(step):
+        told.append((step.index, step.num_steps, threading.current_thread().name))
+        if stop_at == step.index:
+            raise KeyboardInterrupt
+
+    stop_at = None
+    assert_identical(model.run("a red apple", on_step, seed=7, num_steps=4).images[0], expected)
+    assert told == [(index, 4, threading.current_thread().name) for index in range(4)]
+    stop_at = 1
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        model.run("a red apple", on_step, seed=7, num_steps=4)
+    assert len(calls) == 2
+    stop_at = None
+    assert_identical(model.run("a red apple", on_step, seed=7, num_steps=4).images[0], expected)
+
+
 def test_an_exception_inside_reaches_the_caller_and_leaves_the_model_usable(model, monkeypatch):
     expected = model("a red apple", seed=7, num_steps=3).images[0]
     with monkeypatch.context() as broken:

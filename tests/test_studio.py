@@ -105,7 +105,7 @@ def generate(page, **fields):
     page.get_by_role("button", name="Generate").click()
     page.get_by_role("button", name="Download PNG").wait_for()
     pictures = page.locator(".result .thumbnail-lg img")
-    pictures.first.wait_for()
+    pictures.nth(fields.get("Pictures", 1) - 1).wait_for()  # the gallery draws them a moment after the buttons
     return [picture.get_attribute("src") for picture in pictures.all()]
 
 
@@ -128,6 +128,7 @@ def test_page_shows_previews_then_the_files(page, served, model):
     page.get_by_text("12 steps in").wait_for()
     files = [served.folder / "7-a-red-apple.png", served.folder / "8-a-red-apple.png"]
     pictures = page.locator(".result .thumbnail-lg img")
+    pictures.nth(1).wait_for()  # the gallery draws them a moment after the buttons
     shown = [get(picture.get_attribute("src")) for picture in pictures.all()]
     assert shown == [file.read_bytes() for file in files]
     assert [imagegen.read_receipt(file).request["seed"] for file in files] == [7, 8]

@@ -1,8 +1,10 @@
 """Models that diffusers runs: loading them and turning their pipelines into streams of steps.
 
 The only module that knows diffusers' pipelines and their names for things. The stock pipeline does
-all the work, so that the `exact` plan is the stock picture bit for bit; it runs in a thread of its
-own, in lock-step with the reader of the stream, and stops within one step when the reader leaves.
+all the work, so that the `exact` plan is the stock picture bit for bit. For a stream it runs in a
+thread of its own, in lock-step with the reader, and stops within one step when the reader leaves.
+Otherwise it runs in the caller's thread: a second thread means a second pool of OpenMP threads, and
+with more threads than processors libgomp stops spinning at barriers, a tenth of a small picture's time.
 """
 
 import contextlib
@@ -40,6 +42,9 @@ class StepState:
     num_steps: int
     latents: torch.Tensor
     original: torch.Tensor
+
+
+Run = Callable[[Callable[[StepState], None] | None], list[Any]]
 
 
 class _Left(BaseException):
@@ -135,11 +140,11 @@ def cut_text(pipeline: Any, prompt: str) -> tuple[int, str]:
     return limit, prompt[last_read:].strip()
 
 
-def stream_steps(pipeline: Any, request: Request, noise: torch.Tensor | None) -> Generator[StepState | list[Any], None, None]:
-    """Run the stock pipeline for a request: yield the state after every step, then the PIL pictures.
+def prepare_run(pipeline: Any, request: Request, noise: torch.Tensor | None) -> Run:
+    """Return the stock pipeline's run for a request: a function that makes the PIL pictures.
 
-    Every stream has a scheduler and a pipeline object of its own, so that two streams of one model
-    never meet. Closing the iterator stops the work before the next step.
+    It takes what is told the state after every step, or None; an exception raised there ends the work.
+    Every run has a scheduler and a pipeline object of its own, so that two runs of one model never meet.
 
     Args:
         pipeline: the text-to-image pipeline, left as it is.
@@ -153,15 +158,16 @@ def stream_steps(pipeline: Any, request: Request, noise: torch.Tensor | None) ->
     runner.scheduler = make_scheduler(pipeline.scheduler, request.scheduler)
     settings = _translate(runner, request, noise)
 
-    def run(on_step: Callable[[StepState], None]) -> list[Any]:
+    def run(on_step: Callable[[StepState], None] | None) -> list[Any]:
         def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            latents = tensors["latents"]
-            on_step(StepState(index, pipe.num_timesteps, latents, predicted_original(pipe.scheduler, latents)))
+            if on_step is not None:
+                latents = tensors["latents"]
+                on_step(StepState(index, pipe.num_timesteps, latents, predicted_original(pipe.scheduler, latents)))
             return {}
 
         return runner(**settings, callback_on_step_end=after_step).images
 
-    return _in_lock_step(run)
+    return run
 
 
 def _for_mode(pipeline: Any, request: Request) -> Any:
@@ -204,8 +210,8 @@ def _translate(runner: Any, request: Request, noise: torch.Tensor | None) -> dic
     return settings
 
 
-def _in_lock_step(run: Callable[[Callable[[Any], None]], Any]) -> Generator[Any, None, None]:
-    """Turn a function that calls back after every step into an iterator of the steps and its result.
+def in_lock_step(run: Run) -> Generator[StepState | list[Any], None, None]:
+    """Turn a run, which calls back after every step, into an iterator of the steps and, last, the pictures.
 
     The function runs in a thread that waits, after each step, until the reader asks for the next.
     Closing the iterator raises inside the waiting callback, and returns once the thread has ended.
