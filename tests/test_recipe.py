@@ -23,20 +23,121 @@ def recipe_on_path(monkeypatch):
 
 @pytest.fixture
 def work(tmp_path):
-    """A work folder with three drawn pictures and what the denoiser reads."""
+    """A work folder with three drawn pictures."""
     chance = np.random.default_rng(0)
     np.save(tmp_path / "pictures.npy", chance.integers(0, 255, (3, 112, 112, 4), dtype=np.uint8))
-    rows = [{"set": "noto", "label": name, "name": name, "tags": [], "split": "concept"} for name in ("apple", "owl", "grapes")]
+    rows = [{"set": "noto", "label": name, "name": name, "tags": [], "split": "concept"} for name in ("apple", "owl", "fox")]
     (tmp_path / "pictures.json").write_text(json.dumps(rows))
-    torch.manual_seed(0)
-    torch.save(torch.randn(33, 4, 16, 16).half(), tmp_path / "latents.pt")
-    torch.save({"embeddings": torch.randn(9, 32, 384).half(), "rows": torch.randint(8, (33, 2))}, tmp_path / "captions.pt")
     return tmp_path
+
+
+@pytest.fixture
+def scenes(work):
+    """Scenes of three things: a red apple, a green owl, and a fox that cannot be seen."""
+    from captions import telling_tags
+    from pictures import Pictures
+    from scenes import Colours, Scenes
+
+    pictures = Pictures(work, ("concept",))
+    pictures.rgba[:, :, :, 3] = 0
+    for index, colour in enumerate(((214, 40, 50), (60, 170, 70))):
+        pictures.rgba[index, 20:90, 20:90] = torch.tensor([*colour, 255], dtype=torch.uint8)
+    np.save(work / "pictures.npy", pictures.rgba.numpy())
+    return Scenes(pictures, Colours(pictures), telling_tags(pictures.rows))
+
+
+def test_colours_are_measured_and_changed(scenes):
+    from scenes import COLOURS
+
+    assert scenes.colours.can_change == [0, 1]
+    assert [scenes.colours.own(index) for index in range(3)] == ["red", "green", None]
+    for colour, (hue, saturation, value) in COLOURS.items():
+        import colorsys
+
+        pixel = scenes.colours.change(0, colour)[50, 50].tolist()
+        wanted = [255 * channel for channel in colorsys.hsv_to_rgb(hue / 360, saturation, value)]
+        assert pixel == pytest.approx([*wanted, 255], abs=16), colour  # hues are found to ten degrees
+    assert scenes.colours.change(0, "blue")[0, 0, 3] == 0
+
+
+def test_a_scene_shows_what_its_caption_says(scenes):
+    import random
+
+    from pictures import BACKGROUNDS
+    from scenes import Scene, Thing
+
+    scene = Scene((Thing(0, 2), Thing(1, colour="blue")), "yellow", (0, 0), "above", (-1, 0))
+    said = {scenes.describe(scene, random.Random(seed)) for seed in range(30)}
+    assert "two apples above a blue owl on a yellow background" in said
+    assert all("two" in text and "above a blue owl" in text and "yellow background" in text for text in said)
+    painted = ((scenes.paint(scene) + 1) * 127.5).round().int()
+    assert painted[:, 0, 0].tolist() == list(BACKGROUNDS["yellow"])
+    for column in (37, 91):  # two red ones in the upper half
+        assert painted[:, 33, column].tolist() == pytest.approx([214, 40, 50], abs=2)
+    red, _, blue = painted[:, 95, 64].tolist()  # a blue one in the lower half
+    assert blue > red + 80
+    assert painted[:, 33, 64].tolist() == list(BACKGROUNDS["yellow"])
+
+
+def test_scenes_are_the_seeds_and_leave_the_reserved_pairs_alone(scenes, monkeypatch):
+    import random
+
+    import scenes as module
+
+    assert module.is_reserved("apple", "owl") == module.is_reserved("owl", "apple")
+    monkeypatch.setattr(module, "is_reserved", lambda *names: "owl" in names)
+    drawn = [scenes.draw(random.Random(seed)) for seed in range(300)]
+    assert drawn == [scenes.draw(random.Random(seed)) for seed in range(300)]
+    pairs = [scene for scene in drawn if len(scene.things) == 2]
+    assert len(pairs) > 30
+    assert not [scene for scene in pairs if 1 in {thing.picture for thing in scene.things}]
+    assert {thing.count for scene in drawn for thing in scene.things} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("one", "many"),
+    [("apple", "apples"), ("cherry", "cherries"), ("fox", "foxes"), ("maple leaf", "maple leaves"), ("mouse", "mice")],
+)
+def test_plurals(one, many):
+    from scenes import plural
+
+    assert plural(one) == many
+
+
+def test_shards_are_made_once_and_hold_every_caption(work, scenes, monkeypatch):
+    import train_autoencoder
+    import train_denoiser
+
+    monkeypatch.setattr(train_denoiser, "SHARD_SCENES", 4)
+    monkeypatch.setattr(train_denoiser, "load_text_encoder", lambda: None)
+    monkeypatch.setattr(train_denoiser, "embed", lambda _, texts: torch.tensor([[[float(len(text))]] for text in texts]))
+    train_autoencoder.new_autoencoder().save_pretrained(work / "autoencoder")
+    shards = train_denoiser.Shards(work, 2)
+    assert shards.latents.shape == (8, 4, 16, 16)
+    assert len(list((work / "shards").glob("*.pt"))) == 2
+    latents, words, silent = shards.draw(5, torch.Generator().manual_seed(0))
+    assert (latents.shape, words.shape, silent.shape) == ((5, 4, 16, 16), (5, 1, 1), (5,))
+    monkeypatch.setattr(train_denoiser, "make_shard", lambda *_: pytest.fail("made again"))
+    assert torch.equal(train_denoiser.Shards(work, 2).latents, shards.latents)
+
+
+class NoisyShards:
+    """Stands for the cached scenes: what the training does with them does not depend on what they show."""
+
+    def __init__(self, *_):
+        pass
+
+    def draw(self, num, chance):
+        latents, words = torch.randn(num, 4, 16, 16, generator=chance), torch.randn(num, 32, 384, generator=chance)
+        return latents, words, torch.rand(num, generator=chance) < 0.5
 
 
 def test_denoiser_stopped_and_resumed_equals_one_run(work, monkeypatch):
     import train_denoiser
 
+    monkeypatch.setattr(train_denoiser, "Shards", NoisyShards)
+    monkeypatch.setattr(train_denoiser, "load_text_encoder", lambda: None)
+    monkeypatch.setattr(train_denoiser, "embed", lambda *_: torch.zeros(1, 32, 384))
     monkeypatch.setattr(train_denoiser, "BATCH", 2)
     monkeypatch.setattr(train_denoiser.signal, "signal", lambda *_: None)
     monkeypatch.setattr(train_denoiser, "learning_rate", lambda *_: 1e-3)
@@ -116,6 +217,6 @@ def test_every_concept_is_written_once():
     from build_data import read_concepts, slug
 
     concepts = read_concepts()
-    assert len(concepts) == 369
+    assert len(concepts) == 463
     assert len(set(concepts.values())) == len(concepts)
     assert slug("kiwi fruit") == "kiwi-fruit"

@@ -9,7 +9,7 @@ from collections import Counter
 
 STYLES = {"fluent": "fluent", "flat": "flat", "noto": "noto", "blob": "blob", "fx": "fx"}
 FRAMES = ("{}", "{}", "{}", "{}", "an emoji of {}", "a picture of {}", "a drawing of {}", "an icon of {}")
-BACKGROUND_PHRASES = ("{} on a {} background", "{} on a {} background", "{} with a {} background", "{}, {} background")
+BACKGROUND_PHRASES = ("{} on {} background", "{} on {} background", "{} with {} background")
 PLURAL = ("grapes", "cherries", "blueberries", "peanuts", "pancakes", "french fries", "popcorn", "bread", "fireworks", "glasses")
 PLURAL += (
     "sunglasses",
@@ -49,7 +49,7 @@ def caption(row: dict, background: str, telling: dict[str, list[str]], chance: r
         chance: the source of every choice.
     """
     name = row["name"]
-    if telling[name] and chance.random() < 0.12:
+    if telling[name] and chance.random() < 0.2:
         name = chance.choice(telling[name])
     style = STYLES[row["set"]]
     roll = chance.random()
@@ -57,11 +57,23 @@ def caption(row: dict, background: str, telling: dict[str, list[str]], chance: r
         text = with_article(f"{style} {name}") if name not in PLURAL else f"{style} {name}"
     else:
         text = with_article(name) if chance.random() < 0.75 else name
-    text = chance.choice(FRAMES).format(text)
+    text = dress(text, chance)
     if 0.2 <= roll < 0.35:
         text = f"{text}, {style} style"
     if row["tags"] and chance.random() < 0.12:
         text = f"{text}, {chance.choice(row['tags'])}"
+    return on_background(text, background, chance)
+
+
+def dress(text: str, chance: random.Random) -> str:
+    """Say sometimes that it is a picture, and of what kind."""
+    return chance.choice(FRAMES).format(text)
+
+
+def on_background(text: str, background: str, chance: random.Random) -> str:
+    """Say which background there is; white only now and then."""
     if background != "white" or chance.random() < 0.15:
-        text = chance.choice(BACKGROUND_PHRASES).format(text, background)
+        if chance.random() < 0.25:
+            return f"{text}, {background} background"
+        text = chance.choice(BACKGROUND_PHRASES).format(text, with_article(background))
     return text

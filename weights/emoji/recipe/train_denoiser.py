@@ -1,34 +1,38 @@
 """Train the denoiser: flow matching in the autoencoder's latents, conditioned on MiniLM embeddings.
 
-Reads `autoencoder/` of the work folder, caches latents and caption embeddings there, writes
-`denoiser/` (the EMA, diffusers layout) when done or stopped; `denoiser.pt` is the state to resume
-from, written whole every few minutes. `--steps` may be changed between runs: the learning rate
-holds until the last quarter and then falls to zero. A state without its optimiser, and shipped weights
-(`--start-from ../unet`), go on with a warm-up.
+Reads `autoencoder/` of the work folder, caches there, shard by shard, the latents and caption embeddings
+of the scenes (`scenes.py`) that it learns from, writes `denoiser/` (the EMA, diffusers layout) when done
+or stopped; `denoiser.pt` is the state to resume from, written whole every few minutes. `--steps` may be
+changed between runs: the learning rate holds until the last quarter and then falls to zero. A state
+without its optimiser, and the shipped model (`--start-from ..`), go on with a warm-up.
 
 Flow matching: Lipman et al. (2022), https://arxiv.org/abs/2210.02747; logit-normal times: Esser et
 al. (2024), https://arxiv.org/abs/2403.03206, section 3.1.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import torch
 from build_data import default_work
-from captions import caption, telling_tags
+from captions import telling_tags
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from pictures import BACKGROUNDS, Pictures
+from pictures import Pictures
 from precision import fast_autocast
 from rich.progress import track
+from scenes import Colours, Scenes
 from text import embed, load_text_encoder
 
-WHITE_VARIANTS = 3  # every picture: three places on white, one on each other background
-CAPTIONS_PER_VARIANT = 2
+SHARD_SCENES = 2000
+NUM_SHARDS = 16
+CAPTIONS_PER_SCENE = 2
 BATCH = 32
 LEARNING_RATE = 7e-4
 CAPTION_DROPOUT = 0.1
@@ -58,54 +62,66 @@ def new_denoiser() -> UNet2DConditionModel:
     )
 
 
-def list_variants(num_pictures: int) -> list[tuple[int, str, tuple[int, int]]]:
-    """Return (picture, background, shift) of everything the denoiser learns from."""
-    chance = random.Random(7)
-    backgrounds = ["white"] * WHITE_VARIANTS + [name for name in BACKGROUNDS if name != "white"]
-    return [
-        (picture, background, (chance.randint(-5, 5), chance.randint(-5, 5)))
-        for picture in range(num_pictures)
-        for background in backgrounds
-    ]
+def shard_key(work: Path, autoencoder: AutoencoderKL) -> str:
+    """Return what a shard depends on, as a hash: the pictures' list and the encoder's weights."""
+    digest = hashlib.sha256((work / "pictures.json").read_bytes())
+    for name, value in sorted(autoencoder.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
 
 
-def cache_latents(work: Path, pictures: Pictures, variants: list) -> torch.Tensor:
-    """Return the latents of every variant, (V, 4, 16, 16) float16, computed once."""
-    file = work / "latents.pt"
-    if not file.exists():
-        model = AutoencoderKL.from_pretrained(work / "autoencoder").to(memory_format=torch.channels_last)
-        latents = []
-        with torch.no_grad(), fast_autocast():
-            for start in track(range(0, len(variants), 32), description="latents"):
-                batch = torch.stack([pictures.canvas(*variant) for variant in variants[start : start + 32]])
-                latents.append(model.encode(batch.to(memory_format=torch.channels_last)).latent_dist.mean.half())
-        torch.save(torch.cat(latents), file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)
-    return torch.load(file, weights_only=True)
+def make_shard(number: int, scenes: Scenes, autoencoder: AutoencoderKL, encoder: tuple) -> dict[str, torch.Tensor]:
+    """Draw shard `number`'s own scenes and encode them.
+
+    Returns:
+        `latents` (S, 4, 16, 16) float16, `embeddings` (C, T, 384) float16 and `rows` (S, 2): each scene's captions.
+    """
+    chance = random.Random(1_000_003 * (number + 1))
+    drawn = [scenes.draw(chance) for _ in range(SHARD_SCENES)]
+    texts: dict[str, int] = {}
+    rows = [[texts.setdefault(scenes.describe(scene, chance), len(texts)) for _ in range(CAPTIONS_PER_SCENE)] for scene in drawn]
+    latents, every = [], list(texts)
+    with torch.no_grad(), fast_autocast():
+        for start in track(range(0, len(drawn), 32), description=f"shard {number}, latents"):
+            batch = torch.stack([scenes.paint(scene) for scene in drawn[start : start + 32]])
+            latents.append(autoencoder.encode(batch.to(memory_format=torch.channels_last)).latent_dist.mean.half())
+    blocks = track(range(0, len(every), 64), description=f"shard {number}, captions")
+    found = [embed(encoder, every[start : start + 64]).half() for start in blocks]
+    return {"latents": torch.cat(latents), "embeddings": torch.cat(found), "rows": torch.tensor(rows)}
 
 
-def cache_captions(work: Path, pictures: Pictures, variants: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return embeddings (C + 1, T, 384) float16, the last of "", and each variant's rows (V, 2)."""
-    file = work / "captions.pt"
-    if not file.exists():
-        chance, telling = random.Random(11), telling_tags(pictures.rows)
-        texts: dict[str, int] = {}
-        rows = [
-            [
-                texts.setdefault(caption(pictures.rows[picture], background, telling, chance), len(texts))
-                for _ in range(CAPTIONS_PER_VARIANT)
-            ]
-            for picture, background, _ in variants
-        ]
-        encoder = load_text_encoder()
-        every = [*texts, ""]
-        found = [
-            embed(encoder, every[start : start + 64]).half() for start in track(range(0, len(every), 64), description="captions")
-        ]
-        torch.save({"embeddings": torch.cat(found), "rows": torch.tensor(rows)}, file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)
-    cached = torch.load(file, weights_only=True, mmap=True)
-    return cached["embeddings"], cached["rows"]
+class Shards:
+    """All scenes to learn from: made once, each shard in a file of its own, and read through memory maps."""
+
+    def __init__(self, work: Path, num_shards: int):
+        """Make the shards that are missing or belong to other pictures or another encoder."""
+        folder = work / "shards"
+        folder.mkdir(exist_ok=True)
+        autoencoder = AutoencoderKL.from_pretrained(work / "autoencoder").to(memory_format=torch.channels_last)
+        key, tools = shard_key(work, autoencoder), None
+        self.parts = []
+        for number in range(num_shards):
+            file = folder / f"{key[:8]}-{number:03}.pt"
+            if not file.exists():
+                if tools is None:
+                    pictures = Pictures(work, ("concept",))
+                    scenes = Scenes(pictures, Colours(pictures), telling_tags(pictures.rows))
+                    tools = (scenes, autoencoder, load_text_encoder())
+                torch.save(make_shard(number, *tools), file.with_suffix(".part"))
+                os.replace(file.with_suffix(".part"), file)
+            self.parts.append(torch.load(file, weights_only=True, mmap=True))
+        self.latents = torch.cat([part["latents"] for part in self.parts])
+        self.shard_of = torch.cat([torch.full((len(part["latents"]),), n) for n, part in enumerate(self.parts)])
+        self.rows = torch.cat([part["rows"] for part in self.parts])
+
+    def draw(self, num: int, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return latents (num, 4, 16, 16) and embeddings (num, T, 384), float32, and which captions are left out (num,)."""
+        picked = torch.randint(len(self.latents), (num,), generator=chance)
+        which = torch.randint(self.rows.shape[1], (num,), generator=chance)
+        rows, shards = self.rows[picked, which], self.shard_of[picked]
+        words = [self.parts[shard]["embeddings"][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        return self.latents[picked].float(), torch.stack(words).float(), torch.rand(num, generator=chance) < CAPTION_DROPOUT
 
 
 def loss_of(model: torch.nn.Module, latents: torch.Tensor, words: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
@@ -128,10 +144,10 @@ class Training:
     """Everything that a resumed run needs, and how it is stored."""
 
     def __init__(self, work: Path, fresh_optimiser: bool, start_from: Path | None):
-        """Read `denoiser.pt` and go on; where there is none start from a denoiser's folder, or afresh."""
+        """Read `denoiser.pt` and go on; where there is none start from a model's folder, or afresh."""
         torch.manual_seed(0)
         self.file = work / "denoiser.pt"
-        fresh = UNet2DConditionModel.from_pretrained(start_from).float() if start_from else new_denoiser()
+        fresh = UNet2DConditionModel.from_pretrained(start_from / "unet").float() if start_from else new_denoiser()
         self.model = fresh.train().to(memory_format=torch.channels_last)
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
@@ -171,12 +187,14 @@ class Training:
         model.save_pretrained(folder)
 
 
-def train(work: Path, num_steps: int, fresh_optimiser: bool = False, start_from: Path | None = None) -> None:
+def train(
+    work: Path, num_steps: int, fresh_optimiser: bool = False, start_from: Path | None = None, num_shards: int = NUM_SHARDS
+) -> None:
     """Train, or go on training; SIGTERM and Ctrl-C save and leave."""
-    pictures = Pictures(work, ("concept",))
-    variants = list_variants(len(pictures))
-    latents = cache_latents(work, pictures, variants)
-    words, rows = cache_captions(work, pictures, variants)
+    if start_from and not (work / "autoencoder").exists():
+        shutil.copytree(start_from / "vae", work / "autoencoder")
+    shards = Shards(work, num_shards)
+    silence = embed(load_text_encoder(), [""])
     training = Training(work, fresh_optimiser, start_from)
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -184,17 +202,13 @@ def train(work: Path, num_steps: int, fresh_optimiser: bool = False, start_from:
     log = open(work / "denoiser.jsonl", "a", buffering=1)
     started, first, sum_loss = time.monotonic(), training.step, 0.0
     saved_at = started
-    white = torch.tensor([background == "white" for _, background, _ in variants])
-    weights = torch.where(white, 2.0 / WHITE_VARIANTS, 1.0 / (len(BACKGROUNDS) - 1))  # two thirds on white
     while training.step < num_steps and not stop:
         for group in training.optimiser.param_groups:
             group["lr"] = learning_rate(training.step, training.warmed_from, num_steps)
         chance = torch.Generator().manual_seed(training.step)
-        picked = torch.multinomial(weights, BATCH, generator=chance)
-        which = torch.randint(CAPTIONS_PER_VARIANT, (BATCH,), generator=chance)
-        lines = rows[picked, which]
-        lines[torch.rand(BATCH, generator=chance) < CAPTION_DROPOUT] = len(words) - 1
-        loss = loss_of(training.model, latents[picked].float(), words[lines].float(), chance)
+        latents, words, silent = shards.draw(BATCH, chance)
+        words[silent] = silence
+        loss = loss_of(training.model, latents, words, chance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
         training.optimiser.step()
@@ -227,9 +241,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--shards", type=int, default=NUM_SHARDS, help=f"of {SHARD_SCENES} scenes each, made once")
     parser.add_argument("--fresh-optimiser", action="store_true")
     parser.add_argument(
-        "--start-from", type=Path, help="the folder of a denoiser, such as weights/emoji/unet; then --fresh-optimiser is meant"
+        "--start-from", type=Path, help="the folder of a model, such as weights/emoji; then --fresh-optimiser is meant"
     )
     arguments = parser.parse_args()
-    train(arguments.work, arguments.steps, arguments.fresh_optimiser, arguments.start_from)
+    train(arguments.work, arguments.steps, arguments.fresh_optimiser, arguments.start_from, arguments.shards)
