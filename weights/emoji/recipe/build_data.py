@@ -21,7 +21,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image
 from rich.progress import track
 
@@ -80,6 +79,8 @@ def find_icon(icons: dict, label: str, hexcode: str, chars: dict) -> str | None:
 
 def draw(icons: dict, name: str) -> np.ndarray:
     """Draw one icon: (112, 112, 4) uint8, straight alpha."""
+    import resvg_py  # here, so that what only reads the drawn pictures does without it
+
     icon = icons["icons"][name]
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
