@@ -164,15 +164,20 @@ class Model:
         request, run = self._prepare(prompt, settings)
         return self._read(request, diffusion.in_lock_step(run), given_noise=settings.get("noise") is not None)
 
+    def notice_about(self, prompt: str) -> str | None:
+        """Return what `generate` will warn of: the end of a prompt that the text encoder will not read, or None."""
+        limit, cut = diffusion.cut_text(self.pipeline, prompt)
+        return f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
+
     def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, diffusion.Run]:
         """Check everything before anything runs; a prompt too long for the text encoder warns."""
         request = build_request(prompt, self.family, settings)
         noise = settings.get("noise")
         if noise is not None and not isinstance(noise, torch.Tensor):
             raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
-        limit, cut = diffusion.cut_text(self.pipeline, request.prompt)
-        if cut:
-            warnings.warn(f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}", stacklevel=4)
+        notice = self.notice_about(request.prompt)
+        if notice:
+            warnings.warn(notice, stacklevel=4)
         return request, diffusion.prepare_run(self.pipeline, request, noise)
 
     def _read(self, request: Request, states: Generator[Any, None, None], given_noise: bool) -> Generator[Step, None, None]:

@@ -18,7 +18,6 @@ import socket
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,12 +79,10 @@ def follow(
     Raises:
         Error: a setting is wrong, or the folder cannot be written.
     """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        steps: Any = model.stream(prompt, **settings)
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            warn(str(warning.message))
+    steps = model.stream(prompt, **settings)
+    notice = model.notice_about(prompt)  # not caught as a warning: other threads change what is done with those
+    if notice:
+        warn(notice)
     previews: list[Image] = []
     due_s = 0.0
     with contextlib.closing(steps):
