@@ -162,7 +162,9 @@ def describe_evaluation(report: dict) -> str:
     ]
     named = report.get("named_blind")
     if named:
-        rows.insert(1, ("Named by a vision model that saw 30 pictures without their prompts", f"{named['right']} of {named['of']}"))
+        rows.insert(
+            1, ("Named by a vision model that saw 30 pictures without their prompts", f"{named['right']} of {named['of']}")
+        )
     return table(("What", "Measured"), rows)
 
 
