@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from imagegen.reference import Verdict, replay
     from imagegen.request import Request
     from imagegen.result import Picture, Result
+    from imagegen.speed import Plan
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Model": "model",
     "Picture": "result",
+    "Plan": "speed",
     "Receipt": "receipt",
     "Request": "request",
     "Result": "result",
@@ -36,6 +38,7 @@ __all__ = [
     "Model",
     "ModelError",
     "Picture",
+    "Plan",
     "PlanError",
     "Receipt",
     "ReceiptError",

@@ -40,13 +40,21 @@ def cpu_name() -> str:
 
 def environment(device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
     """Return what a receipt says of the machine: versions, device by name, dtype."""
+    return versions() | {"device": f"{device.type} ({device_name(device)})", "dtype": str(dtype).removeprefix("torch.")}
+
+
+def device_name(device: "torch.device") -> str:
+    """Return a device's name: the GPU's or the processor's."""
     if device.type == "cuda":
         import torch
 
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = cpu_name()
-    return versions() | {"device": f"{device.type} ({name})", "dtype": str(dtype).removeprefix("torch.")}
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def machine_of(device: "torch.device") -> dict[str, Any]:
+    """Return the fingerprint of the machine that a measurement holds for: device, cores, system's kind."""
+    return {"device": f"{device.type} ({device_name(device)})", "cores": machine()["cores"], "kind": platform.machine()}
 
 
 def machine() -> dict[str, Any]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 
+from imagegen import profile as profiles
 from imagegen import receipt as receipts
 from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, Family, embedded_folder, family_of
 from imagegen.families import diffusion
-from imagegen.measure import environment
+from imagegen.measure import environment, machine_of
 from imagegen.request import ModelError, Request, RequestError, build_request
 from imagegen.result import Picture, Result
-from imagegen.speed import Plan, find_plan
+from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
 from imagegen.weights import hash_weights
 
 if TYPE_CHECKING:
@@ -81,18 +82,15 @@ class Model:
         folder: where its files are.
         family: what it can make, and its defaults.
         pipeline: the diffusers pipeline, for everything that is not here.
-        plan: the speed plan.
-        applied: what each lever of the plan did, and why not.
     """
 
-    def __init__(self, source: str, folder: Path, family: Family, pipeline: Any, plan: Plan) -> None:
+    def __init__(self, source: str, folder: Path, family: Family, pipeline: Any) -> None:
         """Wrap a loaded pipeline; users call `load`."""
         self.source = source
         self.folder = folder
         self.family = family
         self.pipeline = pipeline
-        self.plan = plan
-        self.applied: list[dict[str, Any]] = []
+        self._applied = AppliedPlan(EXACT, pipeline)
 
     @property
     def device(self) -> torch.device:
@@ -109,13 +107,42 @@ class Model:
         """SHA-256 of every weight file by its path inside the folder."""
         return hash_weights(self.folder)
 
-    def set_plan(self, plan: str | Plan) -> None:
-        """Change the speed plan.
+    @property
+    def plan(self) -> Plan:
+        """The speed plan."""
+        return self._applied.plan
+
+    @property
+    def applied(self) -> list[dict[str, Any]]:
+        """What each lever of the plan did so far, and why not."""
+        return self._applied.report()
+
+    def set_plan(self, plan: str | Path | Plan) -> None:
+        """Change the speed plan; the old one is undone exactly.
+
+        Args:
+            plan: `exact`, `balanced` or `fast`; a profile file that `tune` wrote; levers joined by `+`, as
+                in `openvino + step-cache(interval=2)`; or a `Plan`.
 
         Raises:
-            PlanError: there is no such plan.
+            PlanError: there is no such plan or lever, one that was named cannot engage here, the profile
+                is another model's or machine's, or a run is going on. The old plan is kept then.
         """
-        self.plan = find_plan(plan)
+        chosen = self._find_plan(plan)
+        before = self._applied.plan
+        self._applied.undo()
+        try:
+            self._applied = AppliedPlan(chosen, self.pipeline)
+        except BaseException:
+            self._applied = AppliedPlan(before, self.pipeline)
+            raise
+
+    def _find_plan(self, plan: str | Path | Plan) -> Plan:
+        if isinstance(plan, Path) or (isinstance(plan, str) and plan.endswith(".json")):
+            profile = profiles.read_profile(plan)
+            profile.check_fits(self.hashes, machine_of(self.device))
+            return Plan(f"profile {Path(plan).name}", tuple(profile.plan), named=True)
+        return find_plan(plan, self.family.name)
 
     def generate(self, prompt: str, **settings: Unpack[Settings]) -> Result:
         """Make pictures from a prompt.
@@ -171,14 +198,31 @@ class Model:
 
     def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, diffusion.Run]:
         """Check everything before anything runs; a prompt too long for the text encoder warns."""
-        request = build_request(prompt, self.family, settings)
+        defaults = self._applied.default_settings()
+        given = {name for name in ("num_steps", "scheduler") if settings.get(name) is not None}
+        request = build_request(prompt, self.family, settings if given else defaults | settings)
         noise = settings.get("noise")
         if noise is not None and not isinstance(noise, torch.Tensor):
             raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
         notice = self.notice_about(request.prompt)
         if notice:
             warnings.warn(notice, stacklevel=4)
-        return request, diffusion.prepare_run(self.pipeline, request, noise)
+        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, noise))
+
+    def _with_plan(self, request: Request, run: diffusion.Run) -> diffusion.Run:
+        """Let the plan's levers follow a run, in whatever thread it is computed."""
+        applied, num_steps = self._applied, int(request.num_steps * (request.strength or 1.0))
+
+        def followed(on_step: Callable[[diffusion.StepState], None] | None) -> list[Any]:
+            def after_step(state: diffusion.StepState) -> None:
+                applied.advance(state.index, state.num_steps)
+                if on_step is not None:
+                    on_step(state)
+
+            with applied.running(request.guidance > 1, num_steps):
+                return run(after_step if applied.levers or on_step else None)
+
+        return followed
 
     def _read(self, request: Request, states: Generator[Any, None, None], given_noise: bool) -> Generator[Step, None, None]:
         """Turn the family's states into steps: one is held back, so that the last carries the result."""
@@ -219,7 +263,7 @@ class Model:
                 "licence": card.licence if card else None,
             },
             loras=[],
-            plan={"name": self.plan.name, "levers": list(self.applied)},
+            plan={"name": self.plan.name, "levers": self.applied},
             environment=environment(self.device, self.dtype) | {"scheduler": type(self.pipeline.scheduler).__name__},
         )
 
@@ -229,7 +273,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    plan: str | Plan = "exact",
+    plan: str | Path | Plan = "exact",
 ) -> Model:
     """Load a model; touches no network.
 
@@ -237,13 +281,12 @@ def load(
         source: `emoji`, the embedded model, or the folder of a diffusers model.
         device: `cpu`, `cuda`, `cuda:1` …; by default CUDA where there is one.
         dtype: a torch dtype or its name; by default the family's reference dtype.
-        plan: the speed plan.
+        plan: what `Model.set_plan` takes.
 
     Raises:
         ModelError: the model is missing, broken, of an unknown kind, or cannot run there.
-        PlanError: there is no such plan.
+        PlanError: there is no such plan, or it cannot engage here.
     """
-    chosen_plan = find_plan(plan)
     chosen_device = _find_device(device)
     name = str(source)
     folder = embedded_folder() if name == EMBEDDED else Path(source)
@@ -256,7 +299,10 @@ def load(
         raise ModelError(f"{name!r} is a {pipeline_class}, which this version does not run: it runs {', '.join(known)}")
     pipeline = diffusion.load_pipeline(folder, chosen_device, _find_dtype(dtype, chosen_device, family))
     size = diffusion.native_size(pipeline)
-    return Model(name, folder, replace(family, size_px=size) if size else family, pipeline, chosen_plan)
+    model = Model(name, folder, replace(family, size_px=size) if size else family, pipeline)
+    if plan != "exact":
+        model.set_plan(plan)
+    return model
 
 
 def _find_device(device: str | torch.device | None) -> torch.device:

@@ -14,10 +14,12 @@ ORDER = [
     "receipt",
     "result",
     "weights",
+    "profile",
     "measure",
     "sampling",
     "fidelity",
     "families",
+    "levers",
     "speed",
     "model",
     "reference",
@@ -26,7 +28,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-NO_TORCH = ["request", "catalog", "receipt", "result", "weights", "measure", "cli"]
+NO_TORCH = ["request", "catalog", "receipt", "result", "weights", "profile", "measure", "cli"]
 
 
 def modules():

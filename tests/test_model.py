@@ -310,7 +310,7 @@ def test_no_model_there(tmp_path):
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [
-        ({"plan": "warp"}, imagegen.PlanError, "unknown plan 'warp': this version has exact"),
+        ({"plan": "warp"}, imagegen.PlanError, "unknown plan 'warp': use exact, balanced, fast"),
         ({"dtype": "int8"}, imagegen.ModelError, "unknown dtype 'int8'"),
         ({"dtype": "float16", "device": "cpu"}, imagegen.ModelError, "use dtype='bfloat16'"),
         ({"device": "toaster"}, imagegen.ModelError, "unknown device 'toaster'"),

@@ -123,6 +123,11 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any
     return pipeline.to(device)
 
 
+def denoiser_of(pipeline: Any) -> torch.nn.Module:
+    """Return the module that a pipeline calls at every step."""
+    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+
+
 def native_size(pipeline: Any) -> int | None:
     """Return the width and height in pixels that the denoiser was made for, where it says so."""
     side = getattr(pipeline.unet.config, "sample_size", None)

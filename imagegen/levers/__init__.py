@@ -1,0 +1,38 @@
+"""The levers by name. Plans put them together (`speed`); each module here holds one kind."""
+
+from imagegen.levers import blocks, compute, memory, steps
+from imagegen.levers.lever import Lever, Target
+
+LEVERS: dict[str, type[Lever]] = {
+    lever.name: lever
+    for lever in (
+        compute.Threads,
+        steps.FewerSteps,
+        compute.Bf16,
+        compute.Fp16,
+        compute.Int8Dynamic,
+        compute.Int8WeightOnly,
+        compute.Fp8,
+        compute.ChannelsLast,
+        compute.AttentionBackend,
+        compute.Compile,
+        compute.OpenVino,
+        memory.PromptCache,
+        memory.TinyDecoder,
+        memory.DecodeSlicing,
+        memory.DecodeTiling,
+        memory.ModelOffload,
+        memory.GroupOffload,
+        memory.LayerwiseCasting,
+        blocks.FirstBlockCache,
+        blocks.TaylorSeerCache,
+        blocks.MagCache,
+        blocks.SeaCache,
+        steps.DeepCache,
+        steps.GuidanceCache,
+        steps.GuidanceInterval,
+        steps.StepCache,
+    )
+}
+
+__all__ = ["LEVERS", "Lever", "Target"]

@@ -1,0 +1,376 @@
+"""Levers that compute the same denoiser by other means: precision, layout, compilers, threads, attention.
+
+Each lets the denoiser's own weights stand: precision and quantisation work on a copy, compilers beside it.
+"""
+
+import copy
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+
+from imagegen.levers.lever import Lever, Target, map_tensors
+
+PRECISIONS = frozenset({"bf16", "fp16", "int8-dynamic", "int8-weight-only", "fp8"})
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return whether the device has instructions for bfloat16; without them it is a hundred times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass
+class _OnACopy(Lever):
+    """Let a changed copy of the denoiser compute; the pipeline keeps its own, and its dtype."""
+
+    stage: ClassVar[int] = 1
+    dtype: ClassVar[torch.dtype | None] = None
+
+    def change(self, worker: torch.nn.Module) -> None:
+        """Change the copy."""
+        raise NotImplementedError
+
+    def apply(self, target: Target) -> None:
+        """Make the copy and send the denoiser's calls to it."""
+        before, worker = target.worker, copy.deepcopy(target.worker)
+        self.change(worker)
+        target.worker = worker
+        self.patches.on_undo(lambda: setattr(target, "worker", before))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.counts["denoiser calls"] += 1
+            cast = lambda tensor: tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor  # noqa: E731
+            back = next((tensor.dtype for tensor in (*args, *kwargs.values()) if isinstance(tensor, torch.Tensor)), None)
+            output = worker(*map_tensors(cast, args), **map_tensors(cast, kwargs))
+            return map_tensors(lambda tensor: tensor.to(back), output)
+
+        self.patches.set(target.denoiser, "forward", forward)
+
+
+@dataclass
+class Bf16(_OnACopy):
+    """Compute the denoiser in bfloat16; latents and scheduler keep their precision."""
+
+    name: ClassVar[str] = "bf16"
+    conflicts: ClassVar[frozenset[str]] = PRECISIONS - {"bf16"} | {"openvino"}
+    dtype: ClassVar[torch.dtype | None] = torch.bfloat16
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        if next(target.denoiser.parameters()).dtype == torch.bfloat16:
+            return "the denoiser is in bfloat16 already"
+        if has_fast_bf16(target.device):
+            return None
+        return "this processor has no bfloat16 instructions and would be a hundred times slower: leave bf16 out"
+
+    def change(self, worker: torch.nn.Module) -> None:
+        """Round the weights."""
+        worker.to(torch.bfloat16)
+
+
+@dataclass
+class Fp16(_OnACopy):
+    """Compute the denoiser in float16; not on a CPU."""
+
+    name: ClassVar[str] = "fp16"
+    conflicts: ClassVar[frozenset[str]] = PRECISIONS - {"fp16"} | {"openvino"}
+    dtype: ClassVar[torch.dtype | None] = torch.float16
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        if target.device.type == "cpu":
+            return "float16 on a CPU is a hundred times slower than float32: use bf16, where the processor has it"
+        return None
+
+    def change(self, worker: torch.nn.Module) -> None:
+        """Round the weights."""
+        worker.to(torch.float16)
+
+
+@dataclass
+class _Quantised(_OnACopy):
+    """Quantise the denoiser's linear layers through torchao."""
+
+    min_features: int = 32
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        if find_spec("torchao") is None:
+            return f"{self.name} needs torchao: pip install 'imagegen-diffusion[fast]'"
+        if self._layers(target.worker) == 0:
+            return f"{self.name} acts on linear layers, and this denoiser has none of {self.min_features} features or more"
+        return None
+
+    def _fits(self, module: torch.nn.Module, _name: str = "") -> bool:
+        return isinstance(module, torch.nn.Linear) and min(module.in_features, module.out_features) >= self.min_features
+
+    def _layers(self, worker: torch.nn.Module) -> int:
+        return sum(self._fits(module) for module in worker.modules())
+
+    def config(self) -> Any:
+        """Return torchao's configuration."""
+        raise NotImplementedError
+
+    def change(self, worker: torch.nn.Module) -> None:
+        """Quantise the weights and count the layers that changed."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torchao.quantization import quantize_
+
+            before = {name: module.weight for name, module in worker.named_modules() if self._fits(module)}
+            quantize_(worker, self.config(), filter_fn=self._fits)
+        after = dict(worker.named_modules())
+        self.counts["layers quantised"] = sum(type(after[name].weight) is not type(old) for name, old in before.items())
+
+    def engaged(self) -> str:
+        """Return the layers and calls; empty if no layer was quantised."""
+        return super().engaged() if self.counts["layers quantised"] and self.counts["denoiser calls"] else ""
+
+
+@dataclass
+class Int8Dynamic(_Quantised):
+    """8-bit weights and activations, scales found at run time."""
+
+    name: ClassVar[str] = "int8-dynamic"
+    conflicts: ClassVar[frozenset[str]] = PRECISIONS - {"int8-dynamic"} | {"openvino"}
+
+    def config(self) -> Any:
+        """Return torchao's configuration."""
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+        return Int8DynamicActivationInt8WeightConfig()
+
+
+@dataclass
+class Int8WeightOnly(_Quantised):
+    """8-bit weights: a quarter of the memory, no less arithmetic."""
+
+    name: ClassVar[str] = "int8-weight-only"
+    conflicts: ClassVar[frozenset[str]] = PRECISIONS - {"int8-weight-only"} | {"openvino"}
+
+    def config(self) -> Any:
+        """Return torchao's configuration."""
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return Int8WeightOnlyConfig()
+
+
+@dataclass
+class Fp8(_Quantised):
+    """8-bit floating point on GPUs that have it (compute capability 8.9 and up)."""
+
+    name: ClassVar[str] = "fp8"
+    conflicts: ClassVar[frozenset[str]] = PRECISIONS - {"fp8"} | {"openvino"}
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        if target.device.type != "cuda" or torch.cuda.get_device_capability(target.device) < (8, 9):
+            return "fp8 needs a CUDA device of compute capability 8.9 or higher: use int8-dynamic"
+        return super().requires(target)
+
+    def config(self) -> Any:
+        """Return torchao's configuration."""
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
+
+        return Float8DynamicActivationFloat8WeightConfig()
+
+
+@dataclass
+class ChannelsLast(Lever):
+    """Lay the weights of convolutions out with channels last."""
+
+    name: ClassVar[str] = "channels-last"
+    stage: ClassVar[int] = 2
+    conflicts: ClassVar[frozenset[str]] = frozenset({"openvino"})
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage: only convolutions over two dimensions have such a layout."""
+        found = any(isinstance(module, torch.nn.Conv2d) for module in target.worker.modules())
+        return None if found else "channels-last acts on convolutions, and this denoiser has none: leave it out"
+
+    def apply(self, target: Target) -> None:
+        """Lay out anew; every value stays."""
+        for module in target.worker.modules():
+            if isinstance(module, torch.nn.Conv2d) and module.weight.shape[2:] != (1, 1):
+                self._lay_out(module.weight)
+
+        def around(compute: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                self.counts["denoiser calls"] += 1
+                return compute(sample.contiguous(memory_format=torch.channels_last), *args, **kwargs)
+
+            return forward
+
+        self.patches.wrap(target.worker, "forward", around)
+
+    def _lay_out(self, weight: torch.nn.Parameter) -> None:
+        before = weight.data
+        weight.data = before.contiguous(memory_format=torch.channels_last)
+        self.counts["weights laid out"] += weight.data.stride() != before.stride()
+        self.patches.on_undo(lambda: setattr(weight, "data", weight.data.contiguous()))
+
+
+@dataclass
+class Threads(Lever):
+    """Compute with this many threads during a run."""
+
+    count: int = 1
+
+    name: ClassVar[str] = "threads"
+    stage: ClassVar[int] = 0
+    exact: ClassVar[bool] = True  # the noise floor is measured over thread counts
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        if target.device.type != "cpu":
+            return "threads acts on the CPU, and the model is elsewhere: leave it out"
+        return None if self.count >= 1 else f"threads needs a count from 1, got {self.count}"
+
+    def apply(self, target: Target) -> None:
+        """Change nothing yet: the number belongs to a run and its thread."""
+
+    def begin(self, guided: bool, num_steps: int) -> None:
+        """Set the number of threads."""
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+        self.counts[f"runs on {self.count} threads instead of {self.before}"] += torch.get_num_threads() != self.before
+
+    def end(self) -> None:
+        """Set it back."""
+        torch.set_num_threads(self.before)
+
+
+@dataclass
+class Compile(Lever):
+    """Compile the denoiser with torch.compile: its repeated blocks where it has them, else the whole.
+
+    One compilation per shape: prompts are padded and time steps are tensors, so neither compiles again.
+    """
+
+    name: ClassVar[str] = "compile"
+    stage: ClassVar[int] = 4
+    conflicts: ClassVar[frozenset[str]] = frozenset({"openvino", "deep-cache"})
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        if target.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+            return "compile needs a C++ compiler for the CPU: install g++"
+        return None
+
+    def _parts(self, worker: torch.nn.Module) -> list[torch.nn.Module]:
+        repeated = getattr(worker, "_repeated_blocks", None) or ()
+        blocks = [module for module in worker.modules() if type(module).__name__ in repeated]
+        return blocks if blocks and not hasattr(worker, "down_blocks") else [worker]
+
+    def apply(self, target: Target) -> None:
+        """Put compiled code before every part; the first call of each shape compiles."""
+        frozen = {"freezing": True} if target.device.type == "cpu" else None  # packs the weights for oneDNN
+
+        def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+            from torch._inductor.compile_fx import compile_fx
+
+            self.counts["graphs compiled"] += 1
+            run = compile_fx(graph, examples, config_patches=frozen)
+
+            def counted(*inputs: Any) -> Any:
+                self.counts["compiled calls"] += 1
+                return run(*inputs)
+
+            return counted
+
+        for part in self._parts(target.worker):
+            self.patches.wrap(part, "forward", lambda forward: torch.compile(forward, backend=backend, dynamic=False))
+
+    def undo(self) -> None:
+        """Give the calls back and forget the compiled code, which may hold weights."""
+        super().undo()
+        torch.compiler.reset()
+
+    def engaged(self) -> str:
+        """Return the graphs and calls; empty if no compiled code ran."""
+        return super().engaged() if self.counts["compiled calls"] else ""
+
+
+@dataclass
+class AttentionBackend(Lever):
+    """Compute attention by another of diffusers' backends, by its name there."""
+
+    backend: str = "_native_flash"
+
+    name: ClassVar[str] = "attention"
+    stage: ClassVar[int] = 3
+    conflicts: ClassVar[frozenset[str]] = frozenset({"openvino"})
+
+    def _processors(self, target: Target) -> list[Any]:
+        processors = (getattr(module, "processor", None) for module in target.worker.modules())
+        return [processor for processor in processors if hasattr(processor, "_attention_backend")]
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage: diffusers accepts any name and may change no processor."""
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        if self.backend not in {name.value for name in AttentionBackendName}:
+            return f"diffusers has no attention backend {self.backend!r}"
+        if not self._processors(target):
+            return f"no attention processor of {type(target.worker).__name__} can change its backend: leave attention out"
+        if target.device.type == "cpu" and self.backend not in ("native", "_native_math", "flex"):
+            return f"the attention backend {self.backend!r} needs a GPU: on a CPU there are native, _native_math and flex"
+        return None
+
+    def apply(self, target: Target) -> None:
+        """Set every processor's own backend; diffusers' process-wide one stays."""
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        name = AttentionBackendName(self.backend)
+        for processor in self._processors(target):
+            self.patches.set(processor, "_attention_backend", name)
+            self.counts["processors changed"] += 1
+
+
+@dataclass
+class OpenVino(Lever):
+    """Let OpenVINO compute the denoiser and the decoder on the CPU, in float32 or bfloat16.
+
+    A module is traced at its first call; every set of shapes compiles once, for later runs too.
+    """
+
+    precision: str = "f32"
+
+    name: ClassVar[str] = "openvino"
+    stage: ClassVar[int] = 3
+    conflicts: ClassVar[frozenset[str]] = (
+        PRECISIONS
+        | {"channels-last", "compile", "deep-cache", "attention"}
+        | {*("first-block-cache", "taylorseer-cache", "mag-cache", "sea-cache")}
+    )
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        if target.device.type != "cpu":
+            return "openvino computes on the CPU, and the model is elsewhere: use compile"
+        if find_spec("openvino") is None:
+            return "openvino is not installed: pip install 'imagegen-diffusion[fast]'"
+        if self.precision not in ("f32", "bf16"):
+            return f"openvino computes in f32 or bf16, got {self.precision!r}"
+        if self.precision == "bf16" and not has_fast_bf16(target.device):
+            return "this processor has no bfloat16 instructions: use openvino(precision=f32)"
+        return None
+
+    def apply(self, target: Target) -> None:
+        """Stand before the denoiser and the decoder."""
+        from imagegen.levers.openvino import Compiled
+
+        parts = {"denoiser": target.worker, "decoder": getattr(getattr(target.pipeline, "vae", None), "decoder", None)}
+        for name, part in parts.items():
+            if part is not None:
+                self.patches.set(part, "forward", Compiled(part, self.precision, f"{name} calls", self.counts))
+
+    def engaged(self) -> str:
+        """Return the calls; empty if the denoiser made none."""
+        return super().engaged() if self.counts["denoiser calls"] else ""

@@ -1,0 +1,153 @@
+"""What a lever is: one thing that can be done to a loaded pipeline to make it faster, and undone.
+
+Knows nothing of plans, requests or pictures. A lever never changes what it cannot put back: it sets
+attributes of objects (`Patches`), or lets a copy of the denoiser do the work.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+
+from imagegen.families.diffusion import denoiser_of
+
+ABSENT = object()
+
+
+class Target:
+    """The pipeline that levers act on.
+
+    Attributes:
+        pipeline: the diffusers pipeline.
+        denoiser: the module that the pipeline calls at every step.
+        worker: the module that computes: the denoiser, or a copy of it in another precision.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        """Point at a pipeline; nothing is changed."""
+        self.pipeline = pipeline
+        self.denoiser = denoiser_of(pipeline)
+        self.worker = self.denoiser
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser computes."""
+        return next(self.denoiser.parameters()).device
+
+
+class Patches:
+    """Attributes set on objects, each put back exactly as it was, the last one first."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._undo: list[Callable[[], None]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute; what the object itself held there, if anything, comes back on `undo`."""
+        before = vars(owner).get(name, ABSENT)
+        self._undo.append((lambda: delattr(owner, name)) if before is ABSENT else (lambda: setattr(owner, name, before)))
+        setattr(owner, name, value)
+
+    def wrap(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace a method by what `make` builds around it."""
+        self.set(owner, name, make(getattr(owner, name)))
+
+    def on_undo(self, action: Callable[[], None]) -> None:
+        """Do this as well on `undo`, in its turn."""
+        self._undo.append(action)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        while self._undo:
+            self._undo.pop()()
+
+
+@dataclass
+class Lever:
+    """One speed-up. Its fields are its settings.
+
+    Class attributes:
+        name: how plans name it.
+        stage: levers apply in the order of their stages, whatever the order they are named in.
+        exact: the pictures stay inside the noise floor by construction; others are measured.
+        conflicts: names of the levers that it cannot be combined with.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[int] = 5
+    exact: ClassVar[bool] = False
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Start with nothing patched and nothing counted."""
+        self.patches = Patches()
+        self.counts: Counter[str] = Counter()
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage on this pipeline and machine, with the way out; None where it can."""
+        return None
+
+    def apply(self, target: Target) -> None:
+        """Make the change."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Put everything back exactly."""
+        self.patches.undo()
+
+    def begin(self, guided: bool, num_steps: int) -> None:
+        """A run begins in this thread: `guided` says whether guidance is computed."""
+
+    def advance(self, index: int, num_steps: int) -> None:
+        """Step `index` of `num_steps` is done; `num_steps` is exact from here on."""
+
+    def end(self) -> None:
+        """The run is over, however it ended: nothing of it may be left."""
+
+    def engaged(self) -> str:
+        """Return what it did so far, from counters, in words; empty where it did nothing."""
+        return ", ".join(f"{count} {what}" for what, count in self.counts.items() if count)
+
+    def default_settings(self) -> dict[str, Any]:
+        """Return the request settings that it changes where the user gave none."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Return its settings as JSON-ready data."""
+        return {setting.name: getattr(self, setting.name) for setting in fields(self)}
+
+    def __str__(self) -> str:
+        """Write it as plans do: `name(setting=value, …)`, defaults left out."""
+        changed = {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default}
+        inner = ", ".join(f"{name}={value}" for name, value in changed.items())
+        return f"{self.name}({inner})" if inner else self.name
+
+
+def weights_stamp(module: torch.nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return what changes whenever a module's weights do: a LoRA added, removed or trained, values loaded."""
+    return tuple((parameter.data_ptr(), parameter._version) for parameter in module.parameters())
+
+
+def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """Apply a function to every tensor of nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(change, inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(change, inner) for inner in value)
+    return value
+
+
+def keyword_arguments(signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by name."""
+    return dict(signature.bind(*args, **kwargs).arguments)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Return the tensors of nested tuples, lists and dicts, in order."""
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, value)
+    return found
