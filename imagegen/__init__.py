@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from imagegen.request import DataError, Error, ModelError, PlanError, ReceiptError, RequestError
 
 if TYPE_CHECKING:
+    from imagegen.comparison import compare
     from imagegen.model import Model, Step, load
     from imagegen.receipt import Receipt, read_receipt
     from imagegen.reference import Verdict, replay
+    from imagegen.reference_set import import_reference, record_reference
     from imagegen.request import Request
     from imagegen.result import Picture, Result
     from imagegen.speed import Plan
+    from imagegen.tuner import tune
 
 __version__ = "0.1.0"
 
@@ -28,9 +31,13 @@ _HOME = {
     "Result": "result",
     "Step": "model",
     "Verdict": "reference",
+    "compare": "comparison",
+    "import_reference": "reference_set",
     "load": "model",
     "read_receipt": "receipt",
+    "record_reference": "reference_set",
     "replay": "reference",
+    "tune": "tuner",
 }
 __all__ = [
     "DataError",
@@ -47,9 +54,13 @@ __all__ = [
     "Result",
     "Step",
     "Verdict",
+    "compare",
+    "import_reference",
     "load",
     "read_receipt",
+    "record_reference",
     "replay",
+    "tune",
 ]
 
 

@@ -1,5 +1,6 @@
 """Facts about this machine and its libraries, as receipts and reports state them."""
 
+import contextlib
 import os
 import platform
 import sys
@@ -70,3 +71,27 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": sys.version.split()[0],
     }
+
+
+def reset_peak_memory(device: "torch.device") -> None:
+    """Begin to measure the peak anew, where the system can: CUDA, and Linux for the process."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gib(device: "torch.device") -> float | None:
+    """Return the peak since then in GiB: of torch on CUDA, of the process elsewhere; None where it is not known."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+    except (OSError, StopIteration):
+        return None

@@ -4,9 +4,10 @@ A model is a run of steps. `generate` waits for its end, `run` is told of every 
 the steps to a reader, who may stop. Knows nothing of diffusers.
 """
 
+import contextlib
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -90,7 +91,8 @@ class Model:
         self.folder = folder
         self.family = family
         self.pipeline = pipeline
-        self._applied = AppliedPlan(EXACT, pipeline)
+        self._kept: dict[Any, Any] = {}
+        self._applied = AppliedPlan(EXACT, pipeline, self._kept)
 
     @property
     def device(self) -> torch.device:
@@ -128,16 +130,34 @@ class Model:
             PlanError: there is no such plan or lever, one that was named cannot engage here, the profile
                 is another model's or machine's, or a run is going on. The old plan is kept then.
         """
-        chosen = self._find_plan(plan)
+        chosen = self.find_plan(plan)
         before = self._applied.plan
         self._applied.undo()
         try:
-            self._applied = AppliedPlan(chosen, self.pipeline)
+            self._applied = AppliedPlan(chosen, self.pipeline, self._kept)
         except BaseException:
-            self._applied = AppliedPlan(before, self.pipeline)
+            self._applied = AppliedPlan(before, self.pipeline, self._kept)
             raise
 
-    def _find_plan(self, plan: str | Path | Plan) -> Plan:
+    @contextlib.contextmanager
+    def plan_for_a_while(self, plan: str | Path | Plan) -> Iterator[None]:
+        """Change the plan inside a `with` block; the one before comes back."""
+        before = self.plan
+        if plan in (before, before.name) and not before.levers:
+            yield
+            return
+        self.set_plan(plan)
+        try:
+            yield
+        finally:
+            self.set_plan(before)
+
+    def find_plan(self, plan: str | Path | Plan) -> Plan:
+        """Return the plan that `set_plan` would apply; changes nothing.
+
+        Raises:
+            PlanError: there is none, or the profile is another model's or machine's.
+        """
         if isinstance(plan, Path) or (isinstance(plan, str) and plan.endswith(".json")):
             profile = profiles.read_profile(plan)
             profile.check_fits(self.hashes, machine_of(self.device))

@@ -5,7 +5,7 @@ Plain data; knows nothing of torch or of what a lever is.
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Profile:
         Raises:
             PlanError: it cannot be written there.
         """
-        return write_json(Path(path), asdict(self))
+        return write_json(Path(path), {name: getattr(self, name) for name in Profile.__dataclass_fields__})
 
     def check_fits(self, hashes: dict[str, str], machine: dict[str, Any]) -> None:
         """Refuse another model or machine.

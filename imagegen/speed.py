@@ -137,8 +137,13 @@ class AppliedPlan:
         left_out: those that cannot engage here, with the reason; only where a tier chose them.
     """
 
-    def __init__(self, plan: Plan, pipeline: Any) -> None:
+    def __init__(self, plan: Plan, pipeline: Any, kept: dict[Any, Any] | None = None) -> None:
         """Apply a plan; on an error nothing stays changed.
+
+        Args:
+            plan: the plan.
+            pipeline: the diffusers pipeline.
+            kept: of the plans before on the same pipeline, so that what was compiled is found again.
 
         Raises:
             PlanError: a lever that the user named cannot engage; the message says why and the way out.
@@ -146,7 +151,7 @@ class AppliedPlan:
         self.plan = plan
         self.levers: list[Lever] = []
         self.left_out: list[tuple[Lever, str]] = []
-        self._target = Target(pipeline) if plan.levers else None
+        self._target = Target(pipeline, kept) if plan.levers else None
         self._running = False
         self._apply()
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagegen import fidelity
 from imagegen.catalog import EMBEDDED
-from imagegen.families.diffusion import stock_picture
+from imagegen.families.diffusion import stock_runner
 from imagegen.model import Model, load
 from imagegen.receipt import open_picture, read_receipt
 from imagegen.reference import FLOOR_MAX_DIFFERENCE, FLOOR_PSNR_DB, stock_request
@@ -331,7 +331,7 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
             else:
                 this, receipt = open_picture(picture)
                 wanted = stock_request(model, receipt)
-                reference = stock_picture(source, wanted, model.device, on_step)
+                reference = stock_runner(source, model.device)(wanted, on_step)[0]
                 against = f"stock diffusers in float32 with seed {wanted.seed}"
             psnr_db, largest = fidelity.psnr_db(this, reference), fidelity.max_difference(this, reference)
             psnr = "identical" if largest == 0 else f"{psnr_db:.1f} dB"

@@ -15,6 +15,8 @@ ORDER = [
     "result",
     "weights",
     "profile",
+    "prompts",
+    "report",
     "measure",
     "sampling",
     "fidelity",
@@ -23,12 +25,16 @@ ORDER = [
     "speed",
     "model",
     "reference",
+    "reference_set",
+    "comparison",
+    "tuner",
+    "bench",
     "studio",
     "startup",
     "cli",
     "__main__",
 ]
-NO_TORCH = ["request", "catalog", "receipt", "result", "weights", "profile", "measure", "cli"]
+NO_TORCH = ["request", "catalog", "receipt", "result", "weights", "profile", "prompts", "report", "measure", "cli"]
 
 
 def modules():

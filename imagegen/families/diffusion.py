@@ -24,6 +24,7 @@ from imagegen.request import ModelError, Request, RequestError
 from imagegen.sampling import make_generators, make_scheduler, predicted_original
 from imagegen.weights import check_weights
 
+NOISY = ("torchao", "torch.utils._pytree", "py.warnings")
 PREVIEW_SIDE = 32  # a preview decodes at most 32x32 latents, whatever the size of the picture
 
 
@@ -72,8 +73,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep diffusers' and transformers' loading bars and notices off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    """Keep the libraries' loading bars and notices, torchao's at its import among them, off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", *NOISY)]
     levels = [logger.level for logger in loggers]
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -103,10 +104,11 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any
     for file, wrong in check_weights(folder).items():
         if wrong:
             raise ModelError(f"{str(folder / file)!r} {'; '.join(wrong)}")
-    import diffusers
-
-    pipeline_class = getattr(diffusers, read_index(folder)["_class_name"])
+    class_name = read_index(folder)["_class_name"]
     with quiet():
+        import diffusers
+
+        pipeline_class = getattr(diffusers, class_name)
         try:
             pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
@@ -274,32 +276,38 @@ def decode_preview(pipeline: Any, original: torch.Tensor, size: tuple[int, int])
     return picture if picture.size == size else picture.resize(size)
 
 
-def stock_picture(folder: Path, request: Request, device: torch.device, on_step: Callable[[int, int], bool]) -> Any:
-    """Make a request's picture with diffusers alone, in float32, from its seed.
+def stock_runner(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., list[Any]]:
+    """Load diffusers' own pipeline, and nothing that imagegen has loaded.
 
     Args:
-        folder: the model's; nothing that imagegen has loaded is used.
-        request: text to image, one picture.
+        folder: the model's.
         device: where to run.
-        on_step: is told the steps done and all; ends the work by returning False.
+        dtype: what to compute in.
 
-    Raises:
-        RequestError: the work was ended.
+    Returns:
+        A function of a text-to-image request, which returns its PIL pictures, each from its own seed. Its
+        second argument, if any, is told the steps done and all, and ends the work by returning False:
+        that raises RequestError.
     """
-    from diffusers import DiffusionPipeline
-
     with quiet():
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+        from diffusers import DiffusionPipeline
+
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.to(device).set_progress_bar_config(disable=True)
-    if request.scheduler is not None:
-        pipeline.scheduler = make_scheduler(pipeline.scheduler, request.scheduler)
+    own = pipeline.scheduler
 
-    def after_step(running: Any, index: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-        if not on_step(index + 1, running.num_timesteps):
-            raise RequestError("stopped before the reference was finished")
-        return {}
+    def run(request: Request, on_step: Callable[[int, int], bool] | None = None) -> list[Any]:
+        def after_step(running: Any, index: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None and not on_step(index + 1, running.num_timesteps):
+                raise RequestError("stopped before the reference was finished")
+            return {}
 
-    settings = {"negative_prompt": request.negative_prompt, "width": request.width, "height": request.height}
-    settings |= {"num_inference_steps": request.num_steps, "guidance_scale": request.guidance}
-    generator = torch.Generator("cpu").manual_seed(request.seed)
-    return pipeline(request.prompt, **settings, generator=generator, callback_on_step_end=after_step).images[0]
+        pipeline.scheduler = make_scheduler(own, request.scheduler)
+        seeds = range(request.seed, request.seed + request.num_images)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        settings: dict[str, Any] = {"width": request.width, "height": request.height, "callback_on_step_end": after_step}
+        settings |= {"num_inference_steps": request.num_steps, "guidance_scale": request.guidance, "generator": generators}
+        prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        return pipeline(**{name: [text] * len(seeds) for name, text in prompts.items()}, **settings).images
+
+    return run

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from imagegen.levers.lever import Lever, Target, map_tensors
+from imagegen.families.diffusion import quiet
+from imagegen.levers.lever import Lever, Target, map_tensors, weights_stamp
 
 PRECISIONS = frozenset({"bf16", "fp16", "int8-dynamic", "int8-weight-only", "fp8"})
 
@@ -119,7 +120,7 @@ class _Quantised(_OnACopy):
 
     def change(self, worker: torch.nn.Module) -> None:
         """Quantise the weights and count the layers that changed."""
-        with warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torchao.quantization import quantize_
 
@@ -368,8 +369,15 @@ class OpenVino(Lever):
 
         parts = {"denoiser": target.worker, "decoder": getattr(getattr(target.pipeline, "vae", None), "decoder", None)}
         for name, part in parts.items():
-            if part is not None:
-                self.patches.set(part, "forward", Compiled(part, self.precision, f"{name} calls", self.counts))
+            if part is None:
+                continue
+            key, stamp = ("openvino", name, self.precision), weights_stamp(part)
+            kept_stamp, compiled = target.kept.get(key, (None, None))
+            if kept_stamp != stamp:
+                compiled = Compiled(part, self.precision, f"{name} calls")
+                target.kept[key] = (stamp, compiled)
+            compiled.counts = self.counts
+            self.patches.set(part, "forward", compiled)
 
     def engaged(self) -> str:
         """Return the calls; empty if the denoiser made none."""

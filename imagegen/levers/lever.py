@@ -23,11 +23,13 @@ class Target:
         pipeline: the diffusers pipeline.
         denoiser: the module that the pipeline calls at every step.
         worker: the module that computes: the denoiser, or a copy of it in another precision.
+        kept: what levers want to find again when a plan comes back, such as compiled code.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, kept: dict[Any, Any] | None = None) -> None:
         """Point at a pipeline; nothing is changed."""
         self.pipeline = pipeline
+        self.kept = {} if kept is None else kept
         self.denoiser = denoiser_of(pipeline)
         self.worker = self.denoiser
 

@@ -15,14 +15,14 @@ MAX_SHAPES = 6  # every compilation holds a copy of the weights
 class Compiled:
     """Stands for a module's `forward`: traces it at the first call, compiles it for every set of shapes."""
 
-    def __init__(self, module: torch.nn.Module, precision: str, label: str, counts: Counter[str]) -> None:
+    def __init__(self, module: torch.nn.Module, precision: str, label: str) -> None:
         """Remember the module; nothing is compiled before the first call."""
         self.module = module
         self.forward = module.forward
         self.signature = inspect.signature(self.forward)
         self.precision = precision
         self.label = label
-        self.counts = counts
+        self.counts: Counter[str] = Counter()
         self.traced: dict[Any, Any] = {}
         self.requests: dict[Any, Any] = {}
 
