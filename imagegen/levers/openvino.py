@@ -13,7 +13,10 @@ MAX_SHAPES = 6  # every compilation holds a copy of the weights
 
 
 class Compiled:
-    """Stands for a module's `forward`: traces it at the first call, compiles it for every set of shapes."""
+    """Stands for a module's `forward`: traces it for every size of picture, compiles it for every set of shapes.
+
+    A trace holds for any batch, not for another size: a UNet takes other branches where a side cannot be halved.
+    """
 
     def __init__(self, module: torch.nn.Module, precision: str, label: str, counts: Counter[str]) -> None:
         """Remember the module; nothing is compiled before the first call."""
@@ -44,7 +47,7 @@ class Compiled:
     def _compile(self, named: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
         import openvino
 
-        kinds = tuple((name, tensor.dim(), tensor.dtype) for name, tensor in tensors.items())
+        kinds = tuple((name, tensor.dim(), tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items())
         if kinds not in self.traced:
             self.traced[kinds] = self._trace(named, tensors)
         model = self.traced[kinds].clone()
