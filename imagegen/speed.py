@@ -100,7 +100,7 @@ def _read_value(lever: str, name: str, text: str, kind: Any) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     if not _is_a(value, kind):
         raise PlanError(f"{lever}: {name} must be of the kind {getattr(kind, '__name__', kind)}, got {text!r}")
-    return float(value) if kind is float else value
+    return float(value) if kind is float else value  # type: ignore[arg-type]
 
 
 def _is_a(value: Any, kind: Any) -> bool:
