@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -66,7 +67,8 @@ class Compiled:
         probe = _Positional(self.forward, self.module, named, list(tensors))
         self.module_returns_tensor = named.get("return_dict") is None
         logging.getLogger("nncf").setLevel(logging.ERROR)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # every size is traced by itself
             return openvino.convert_model(probe.eval(), example_input=tuple(tensors.values()))
 
 
