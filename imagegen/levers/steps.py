@@ -258,8 +258,7 @@ class GuidanceInterval(Lever):
 
         def around(compute: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                inside = self.start <= self.index / max(self.num_steps, 1) < self.stop
-                if inside or not self.guided:
+                if not self.guided or self.start <= self.index / max(self.num_steps, 1) < self.stop:
                     return compute(*args, **kwargs)
                 self.counts["half steps skipped"] += 1
                 given = _prompt_half(compute, args, kwargs, len(args[0] if args else kwargs["sample"]))
