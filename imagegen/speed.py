@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -66,7 +66,7 @@ def make_lever(text: str) -> Lever:
     if match is None or match[1] not in LEVERS:
         raise PlanError(f"unknown lever {text.strip()!r}: there are {', '.join(LEVERS)}")
     kind = LEVERS[match[1]]
-    known = kind.__dataclass_fields__
+    known = {setting.name: setting for setting in fields(kind)}
     settings: dict[str, Any] = {}
     for part in _split(match[2] or "", ","):
         if not part:

@@ -21,9 +21,8 @@ from imagegen.speed import EXACT, AppliedPlan, find_plan
 def make_decoder():
     torch.manual_seed(1)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4, sample_size=64, shift_factor=0.0, **kinds
-    ).eval()
+    sizes = {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "norm_num_groups": 4, "sample_size": 64}
+    return AutoencoderKL(**kinds, **sizes, shift_factor=0.0).eval()
 
 
 class Bench:
@@ -80,6 +79,14 @@ class ModelBench(Bench):
             if step.index == index:
                 break
         steps.close()
+
+
+ONE_BLOCK = {
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "mid_block_type": None,
+    "block_out_channels": (32,),
+}
 
 
 def make_unet(model, **config):
