@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def values(kind):
 @given(st.data())
 def test_what_a_lever_writes_is_read_back(data):
     kind = LEVERS[data.draw(st.sampled_from(sorted(LEVERS)))]
-    lever = kind(**{name: data.draw(values(setting.type)) for name, setting in kind.__dataclass_fields__.items()})
+    lever = kind(**{setting.name: data.draw(values(setting.type)) for setting in fields(kind)})
     again = make_lever(str(lever))
     assert again == lever and str(again) == str(lever)
     other = "threads" if kind.name != "threads" else "prompt-cache"

@@ -62,14 +62,19 @@ class Compiled:
         return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def _trace(self, named: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-        import openvino
+        """Convert through the front end itself: `openvino.convert_model` reports every conversion to a server."""
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-        probe = _Positional(self.forward, self.module, named, list(tensors))
+        probe = _Positional(self.forward, self.module, named, list(tensors)).eval()
         self.module_returns_tensor = named.get("return_dict") is None
         logging.getLogger("nncf").setLevel(logging.ERROR)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # every size is traced by itself
-            return openvino.convert_model(probe.eval(), example_input=tuple(tensors.values()))
+            example = tuple(tensors.values())
+            graph = TorchScriptPythonDecoder(probe, example_input=example, trace_kwargs={"check_trace": False})
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        return frontend.convert(frontend.load(graph))
 
 
 class _Positional(torch.nn.Module):
