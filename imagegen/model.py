@@ -220,7 +220,8 @@ class Model:
         """Check everything before anything runs; a prompt too long for the text encoder warns."""
         defaults = self._applied.default_settings()
         given = {name for name in ("num_steps", "scheduler") if settings.get(name) is not None}
-        request = build_request(prompt, self.family, settings if given else defaults | settings)
+        said = {name: value for name, value in settings.items() if value is not None}
+        request = build_request(prompt, self.family, settings if given else defaults | said)
         noise = settings.get("noise")
         if noise is not None and not isinstance(noise, torch.Tensor):
             raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
@@ -231,9 +232,11 @@ class Model:
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> diffusion.Run:
         """Let the plan's levers follow a run, in whatever thread it is computed."""
-        applied, num_steps = self._applied, int(request.num_steps * (request.strength or 1.0))
+        num_steps = int(request.num_steps * (request.strength or 1.0))
 
         def followed(on_step: Callable[[diffusion.StepState], None] | None) -> list[Any]:
+            applied = self._applied  # the plan when the run begins, which may be later than its request
+
             def after_step(state: diffusion.StepState) -> None:
                 applied.advance(state.index, state.num_steps)
                 if on_step is not None:

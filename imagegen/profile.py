@@ -3,6 +3,7 @@
 Plain data; knows nothing of torch or of what a lever is.
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def write_json(path: Path, data: Any) -> Path:
         part.write_text(json.dumps(finite(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
+            part.unlink()
         raise PlanError(f"cannot write {str(path)!r}: {error.strerror}; choose another path") from None
     return path
 

@@ -8,9 +8,13 @@ import ast
 import contextlib
 import re
 import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import torch
 
 from imagegen.levers import LEVERS, Lever, Target
 from imagegen.levers.lever import weights_stamp
@@ -62,27 +66,52 @@ def make_lever(text: str) -> Lever:
     if match is None or match[1] not in LEVERS:
         raise PlanError(f"unknown lever {text.strip()!r}: there are {', '.join(LEVERS)}")
     kind = LEVERS[match[1]]
-    known = kind.__dataclass_fields__
+    known = {setting.name: setting for setting in fields(kind)}
     settings: dict[str, Any] = {}
-    for part in re.findall(r"[^,()]*(?:\([^)]*\))?[^,()]*", match[2] or ""):
-        if not part.strip():
+    for part in _split(match[2] or "", ","):
+        if not part:
             continue
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in known or not value:
-            raise PlanError(f"{kind.name} has no setting {part.strip()!r}: it takes {', '.join(known) or 'none'}")
+            raise PlanError(f"{kind.name} has no setting {part!r}: it takes {', '.join(known) or 'none'}")
+        if name in settings:
+            raise PlanError(f"{kind.name} names {name} twice: name it once")
         settings[name] = _read_value(kind.name, name, value, known[name].type)
     return kind(**settings)
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """Split a text at a mark, where that stands outside quotes and brackets."""
+    pieces, depth = [""], 0
+    for token in re.findall(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|.""", text, re.DOTALL):
+        depth += (token in "([") - (token in ")]")
+        if token == mark and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return [piece.strip() for piece in pieces]
 
 
 def _read_value(lever: str, name: str, text: str, kind: Any) -> Any:
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
-    wanted = (int, float) if kind is float else kind
-    if kind in (int, float, str) and (not isinstance(value, wanted) or isinstance(value, bool)):
-        raise PlanError(f"{lever}: {name} must be a {kind.__name__}, got {text!r}")
-    return tuple(value) if isinstance(value, list) else value
+    value = tuple(value) if isinstance(value, list) else value
+    if not _is_a(value, kind):
+        raise PlanError(f"{lever}: {name} must be of the kind {getattr(kind, '__name__', kind)}, got {text!r}")
+    return float(value) if kind is float else value  # type: ignore[arg-type]
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a setting's kind; numbers are finite, and no truth values."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(inner, get_args(kind)[0]) for inner in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 TIERS: dict[str, dict[str, Plan]] = {
@@ -118,7 +147,7 @@ def find_plan(plan: str | Plan, family: str) -> Plan:
     if text in BUDGETS_DB:
         raise PlanError(f"nothing was measured for {family!r} yet, so it has no plan {text!r}: use exact, or name levers")
     try:
-        found = Plan(text, tuple(part.strip() for part in text.split("+")))
+        found = Plan(text, tuple(_split(text, "+")))
         found.build()
     except PlanError as error:
         if "(" in text or "+" in text or text in LEVERS:
@@ -151,27 +180,34 @@ class AppliedPlan:
         self.plan = plan
         self.levers: list[Lever] = []
         self.left_out: list[tuple[Lever, str]] = []
-        self._target = Target(pipeline, kept) if plan.levers else None
-        self._running = False
+        self._pipeline = pipeline
+        self._kept = kept
+        self._lock = threading.Lock()
+        self._runs = 0
         self._apply()
 
     def _apply(self) -> None:
         self.levers, self.left_out = [], []
+        target = Target(self._pipeline, self._kept)  # anew each time: a component may have been replaced
         try:
             for lever in self.plan.build():
-                assert self._target is not None
-                reason = lever.requires(self._target)
+                reason = lever.requires(target)
                 if reason and self.plan.named:
                     raise PlanError(reason)
                 if reason:
                     self.left_out.append((lever, reason))
                     continue
                 self.levers.append(lever)
-                lever.apply(self._target)
+                lever.apply(target)
         except BaseException:
             self.undo()
             raise
-        self._stamp = weights_stamp(self._target.denoiser) if self._target and self.levers else ()
+        self._stamp = self._stamp_now()
+
+    def _stamp_now(self) -> tuple[Any, ...]:
+        """Return what changes whenever the weights do that levers derived theirs from, or encodings."""
+        components = self._pipeline.components.values() if self.plan.levers else ()
+        return weights_stamp(part for part in components if isinstance(part, torch.nn.Module))
 
     def undo(self) -> None:
         """Undo every lever, the last one first.
@@ -179,7 +215,7 @@ class AppliedPlan:
         Raises:
             PlanError: a run is going on.
         """
-        if self._running:
+        if self._runs:
             raise PlanError("a run is still going: finish or close its stream before changing the plan")
         while self.levers:
             self.levers.pop().undo()
@@ -191,23 +227,30 @@ class AppliedPlan:
         Raises:
             RequestError: another run of this plan is going on, whose state it would share.
         """
-        if self._running:
-            raise RequestError(f"the plan {self.plan.name!r} serves one run at a time: finish or close the other stream first")
-        if self._target and self.levers and weights_stamp(self._target.denoiser) != self._stamp:
-            self.undo()  # a LoRA, or other weights: what levers derived from the old ones is made anew
-            self._apply()
+        with self._lock:
+            if self._runs and self.levers:
+                name = self.plan.name
+                raise RequestError(f"the plan {name!r} serves one run at a time: finish or close the other stream first")
+            if not self._runs and self._stamp_now() != self._stamp:
+                self.undo()  # a LoRA, or other weights: what levers derived from the old ones is made anew
+                self._apply()
+            self._runs += 1
         begun: list[Lever] = []
-        self._running = bool(self.levers)
         try:
-            with contextlib.nullcontext() if any(lever.name == "attention" for lever in self.levers) else native_attention():
+            with contextlib.nullcontext() if any(lever.name == "attention" for lever in self.levers) else native_attention:
                 for lever in self.levers:
                     lever.begin(guided, num_steps)
                     begun.append(lever)
                 yield
         finally:
-            for lever in reversed(begun):
-                lever.end()
-            self._running = False
+            try:
+                for lever in reversed(begun):
+                    lever.end()
+                if any(lever.moves_weights for lever in begun):
+                    self._stamp = self._stamp_now()
+            finally:
+                with self._lock:
+                    self._runs -= 1
 
     def advance(self, index: int, num_steps: int) -> None:
         """Tell the levers that step `index` of `num_steps` is done."""
@@ -224,12 +267,29 @@ class AppliedPlan:
         return done + [{"lever": str(lever), "engaged": False, "why_not": reason} for lever, reason in self.left_out]
 
 
-@contextlib.contextmanager
-def native_attention() -> Iterator[None]:
-    """Make diffusers' process-wide attention backend the native one for a while: others may have changed it."""
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    if dispatch is None:  # then no one has changed it
-        yield
-        return
-    with dispatch.attention_backend("native"):
-        yield
+class _NativeAttention:
+    """Makes diffusers' process-wide attention backend the native one while any run is inside: others may have changed it.
+
+    Runs overlap and leave in any order, so the first one in changes it and the last one out changes it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._way_back = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+        with self._lock:
+            if self._inside == 0 and dispatch is not None:  # never imported, it was never changed
+                self._way_back.enter_context(dispatch.attention_backend("native"))
+            self._inside += 1
+
+    def __exit__(self, *_error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._way_back.close()
+
+
+native_attention = _NativeAttention()

@@ -35,4 +35,7 @@ LEVERS: dict[str, type[Lever]] = {
     )
 }
 
+for _lever in LEVERS.values():  # what one lever says of two holds for the other
+    _lever.conflicts = _lever.conflicts | {name for name, other in LEVERS.items() if _lever.name in other.conflicts}
+
 __all__ = ["LEVERS", "Lever", "Target"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from imagegen.levers.lever import Lever, Target
+from imagegen.levers.lever import Lever, Patches, Target
 
 CACHES = frozenset({"first-block-cache", "taylorseer-cache", "mag-cache", "sea-cache"})
 
@@ -32,6 +32,9 @@ class _DiffusersCache(Lever):
     def apply(self, target: Target) -> None:
         """Count the calls of the denoiser and what is computed of them; the cache comes with a run."""
         self.worker = target.worker
+        self.during_run = Patches()
+        if target.worker is not target.denoiser:  # pipelines name each call's half of guidance to the denoiser
+            self.patches.set(target.denoiser, "cache_context", target.worker.cache_context)
         self.patches.wrap(target.worker, "forward", self._counter("denoiser calls"))
         for module in self._probes():
             self.patches.wrap(module, "forward", self._counter("attentions computed"))
@@ -51,11 +54,15 @@ class _DiffusersCache(Lever):
 
     def begin(self, guided: bool, num_steps: int) -> None:
         """Switch the cache on, empty."""
+        for module in self.worker.modules():
+            for name in ("forward", "_diffusers_hook", "_cache_config"):
+                self.during_run.keep(module, name)
         self.worker.enable_cache(self.config(num_steps))
 
     def end(self) -> None:
-        """Switch it off; with it goes its state."""
+        """Switch it off; with it goes its state, and the hooks that diffusers leaves empty."""
         self.worker.disable_cache()
+        self.during_run.undo()
 
     def engaged(self) -> str:
         """Return what was skipped; empty if nothing was."""

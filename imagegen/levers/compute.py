@@ -192,19 +192,25 @@ class ChannelsLast(Lever):
 
     def requires(self, target: Target) -> str | None:
         """Return why it cannot engage: only convolutions over two dimensions have such a layout."""
-        found = any(isinstance(module, torch.nn.Conv2d) for module in target.worker.modules())
+        found = self._convolutions(target.worker)
         return None if found else "channels-last acts on convolutions, and this denoiser has none: leave it out"
+
+    def _convolutions(self, worker: torch.nn.Module) -> list[torch.nn.Conv2d]:
+        found = (module for module in worker.modules() if isinstance(module, torch.nn.Conv2d))
+        return [module for module in found if module.weight.shape[2:] != (1, 1)]
 
     def apply(self, target: Target) -> None:
         """Lay out anew; every value stays."""
-        for module in target.worker.modules():
-            if isinstance(module, torch.nn.Conv2d) and module.weight.shape[2:] != (1, 1):
-                self._lay_out(module.weight)
+        for module in self._convolutions(target.worker):
+            self._lay_out(module.weight)
+
+        def lay_out(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
         def around(compute: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 self.counts["denoiser calls"] += 1
-                return compute(sample.contiguous(memory_format=torch.channels_last), *args, **kwargs)
+                return compute(*map_tensors(lay_out, args), **map_tensors(lay_out, kwargs))
 
             return forward
 
@@ -215,6 +221,10 @@ class ChannelsLast(Lever):
         weight.data = before.contiguous(memory_format=torch.channels_last)
         self.counts["weights laid out"] += weight.data.stride() != before.stride()
         self.patches.on_undo(lambda: setattr(weight, "data", weight.data.contiguous()))
+
+    def engaged(self) -> str:
+        """Return the weights and calls; empty if no weight changed or none was used."""
+        return super().engaged() if self.counts["weights laid out"] and self.counts["denoiser calls"] else ""
 
 
 @dataclass
@@ -333,6 +343,19 @@ class AttentionBackend(Lever):
             self.patches.set(processor, "_attention_backend", name)
             self.counts["processors changed"] += 1
 
+        def around(compute: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                self.counts["denoiser calls"] += 1
+                return compute(*args, **kwargs)
+
+            return forward
+
+        self.patches.wrap(target.worker, "forward", around)
+
+    def engaged(self) -> str:
+        """Return the processors and calls; empty if there were none."""
+        return super().engaged() if self.counts["processors changed"] and self.counts["denoiser calls"] else ""
+
 
 @dataclass
 class OpenVino(Lever):
@@ -357,6 +380,8 @@ class OpenVino(Lever):
             return "openvino computes on the CPU, and the model is elsewhere: use compile"
         if find_spec("openvino") is None:
             return "openvino is not installed: pip install 'imagegen-diffusion[fast]'"
+        if next(target.denoiser.parameters()).dtype != torch.float32:
+            return "openvino takes a model in float32 and computes in what precision= says: load it with dtype='float32'"
         if self.precision not in ("f32", "bf16"):
             return f"openvino computes in f32 or bf16, got {self.precision!r}"
         if self.precision == "bf16" and not has_fast_bf16(target.device):
@@ -371,7 +396,7 @@ class OpenVino(Lever):
         for name, part in parts.items():
             if part is None:
                 continue
-            key, stamp = ("openvino", name, self.precision), weights_stamp(part)
+            key, stamp = ("openvino", name, self.precision), weights_stamp([part])
             kept_stamp, compiled = target.kept.get(key, (None, None))
             if kept_stamp != stamp:
                 compiled = Compiled(part, self.precision, f"{name} calls")

@@ -4,9 +4,12 @@ Knows nothing of plans, requests or pictures. A lever never changes what it cann
 attributes of objects (`Patches`), or lets a copy of the denoiser do the work.
 """
 
+import ast
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -48,9 +51,14 @@ class Patches:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute; what the object itself held there, if anything, comes back on `undo`."""
-        before = vars(owner).get(name, ABSENT)
-        self._undo.append((lambda: delattr(owner, name)) if before is ABSENT else (lambda: setattr(owner, name, before)))
+        self.keep(owner, name)
         setattr(owner, name, value)
+
+    def keep(self, owner: Any, name: str) -> None:
+        """Put back on `undo` what an object itself holds there now, or holds not, whoever changes it until then."""
+        before = vars(owner).get(name, ABSENT)
+        put_back = partial(vars(owner).pop, name, None) if before is ABSENT else partial(setattr, owner, name, before)
+        self._undo.append(put_back)
 
     def wrap(self, owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace a method by what `make` builds around it."""
@@ -74,13 +82,15 @@ class Lever:
         name: how plans name it.
         stage: levers apply in the order of their stages, whatever the order they are named in.
         exact: the pictures stay inside the noise floor by construction; others are measured.
-        conflicts: names of the levers that it cannot be combined with.
+        conflicts: names of the levers that it cannot be combined with; to say it in one of two is enough.
+        moves_weights: a run leaves the weights, unchanged, in another place.
     """
 
     name: ClassVar[str]
     stage: ClassVar[int] = 5
     exact: ClassVar[bool] = False
     conflicts: ClassVar[frozenset[str]] = frozenset()
+    moves_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Start with nothing patched and nothing counted."""
@@ -123,13 +133,35 @@ class Lever:
     def __str__(self) -> str:
         """Write it as plans do: `name(setting=value, …)`, defaults left out."""
         changed = {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) != item.default}
-        inner = ", ".join(f"{name}={value}" for name, value in changed.items())
+        inner = ", ".join(f"{name}={_write(value)}" for name, value in changed.items())
         return f"{self.name}({inner})" if inner else self.name
 
 
-def weights_stamp(module: torch.nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return what changes whenever a module's weights do: a LoRA added, removed or trained, values loaded."""
-    return tuple((parameter.data_ptr(), parameter._version) for parameter in module.parameters())
+def _write(value: Any) -> str:
+    """Write a setting so that it is read back as it was; quotes only where it would not be."""
+    if not isinstance(value, str) or re.search(r"[\s,+()\[\]'\"\\]", value) or not value:
+        return repr(value)
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+    return repr(value)
+
+
+def weights_stamp(modules: Iterable[torch.nn.Module]) -> tuple[Any, ...]:
+    """Return what changes whenever modules or their weights do: another module, values loaded or trained, a LoRA.
+
+    A LoRA is also switched and scaled without a change of any weight, and fused through `.data`, which torch
+    does not count; peft says so on its layers. Other writes in place through `.data` stay unseen.
+    """
+    stamp: list[Any] = []
+    for module in modules:
+        stamp += [(id(weight), weight.data_ptr(), weight._version) for weight in module.parameters()]
+        for layer in module.modules():
+            if hasattr(layer, "merged_adapters"):
+                scales = tuple(getattr(layer, "scaling", {}).items())
+                stamp.append((scales, tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)))
+    return tuple(stamp)
 
 
 def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Levers around the denoiser: the text encoder, the decoder, and what need not lie in the GPU's memory."""
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class PromptCache(Lever):
 
     def requires(self, target: Target) -> str | None:
         """Return why it cannot engage."""
+        if self.size < 1:
+            return f"prompt-cache needs a size from 1, got {self.size}"
         return None if text_encoders(target.pipeline) else "this pipeline has no text encoder whose output could be kept"
 
     def apply(self, target: Target) -> None:
@@ -122,7 +125,14 @@ class TinyDecoder(Lever):
 
     def requires(self, target: Target) -> str | None:
         """Return why it cannot engage."""
-        if not self.folder or not (Path(self.folder) / "config.json").is_file():
+        vae = getattr(target.pipeline, "vae", None)
+        try:
+            config = json.loads((Path(self.folder) / "config.json").read_text(encoding="utf-8")) if self.folder and vae else {}
+            factor = 2 ** (len(config["decoder_block_out_channels"]) - 1)
+            made_for = (config["_class_name"], config["latent_channels"], factor)
+        except (OSError, ValueError, KeyError, TypeError):
+            made_for = None
+        if vae is None or made_for != ("AutoencoderTiny", vae.config.latent_channels, target.pipeline.vae_scale_factor):
             return f"tiny-decoder needs the folder of an AutoencoderTiny for this model's latents, got {self.folder!r}"
         return None
 
@@ -161,6 +171,7 @@ class ModelOffload(_NeedsGpu):
     """Keep every component in host memory until it is its turn."""
 
     name: ClassVar[str] = "model-offload"
+    moves_weights: ClassVar[bool] = True
     conflicts: ClassVar[frozenset[str]] = OFFLOADS - {"model-offload"}
 
     def apply(self, target: Target) -> None:
@@ -179,6 +190,7 @@ class GroupOffload(_NeedsGpu):
     groups: int = 1
 
     name: ClassVar[str] = "group-offload"
+    moves_weights: ClassVar[bool] = True
     conflicts: ClassVar[frozenset[str]] = OFFLOADS - {"group-offload"} | {"compile"}
 
     def apply(self, target: Target) -> None:

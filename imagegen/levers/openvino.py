@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -13,7 +14,10 @@ MAX_SHAPES = 6  # every compilation holds a copy of the weights
 
 
 class Compiled:
-    """Stands for a module's `forward`: traces it at the first call, compiles it for every set of shapes."""
+    """Stands for a module's `forward`: traces it for every size of picture, compiles it for every set of shapes.
+
+    A trace holds for any batch, not for another size: a UNet takes other branches where a side cannot be halved.
+    """
 
     def __init__(self, module: torch.nn.Module, precision: str, label: str) -> None:
         """Remember the module; nothing is compiled before the first call."""
@@ -44,7 +48,7 @@ class Compiled:
     def _compile(self, named: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
         import openvino
 
-        kinds = tuple((name, tensor.dim(), tensor.dtype) for name, tensor in tensors.items())
+        kinds = tuple((name, tensor.dim(), tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in tensors.items())
         if kinds not in self.traced:
             self.traced[kinds] = self._trace(named, tensors)
         model = self.traced[kinds].clone()
@@ -58,13 +62,19 @@ class Compiled:
         return openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def _trace(self, named: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
-        import openvino
+        """Convert through the front end itself: `openvino.convert_model` reports every conversion to a server."""
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-        probe = _Positional(self.forward, self.module, named, list(tensors))
+        probe = _Positional(self.forward, self.module, named, list(tensors)).eval()
         self.module_returns_tensor = named.get("return_dict") is None
         logging.getLogger("nncf").setLevel(logging.ERROR)
-        with torch.no_grad():
-            return openvino.convert_model(probe.eval(), example_input=tuple(tensors.values()))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # every size is traced by itself
+            example = tuple(tensors.values())
+            graph = TorchScriptPythonDecoder(probe, example_input=example, trace_kwargs={"check_trace": False})
+        frontend = FrontEndManager().load_by_framework("pytorch")
+        return frontend.convert(frontend.load(graph))
 
 
 class _Positional(torch.nn.Module):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from imagegen.levers.lever import Lever, Target, map_tensors
+from imagegen.request import RequestError
 
 
 def extrapolate(history: Sequence[tuple[int, Any]], index: int) -> Any:
@@ -61,8 +62,8 @@ class Scheduled(Lever):
         self.index, self.num_steps, self.calls = index + 1, num_steps, 0
 
     def end(self) -> None:
-        """Forget this run: nothing of it may reach the next picture."""
-        self.histories.clear()
+        """Forget this run: nothing of it may reach the next picture, even one that the pipeline makes outside a plan."""
+        self.begin(False, 0)
 
     def is_due(self) -> bool:
         """Return whether this step is computed in full."""
@@ -182,6 +183,7 @@ class GuidanceCache(Scheduled):
     name: ClassVar[str] = "guidance-cache"
     stage: ClassVar[int] = 7
     conflicts: ClassVar[frozenset[str]] = frozenset({"guidance-interval"})
+    guided = False
 
     def begin(self, guided: bool, num_steps: int) -> None:
         """Remember whether there are two halves at all."""
@@ -231,6 +233,7 @@ class GuidanceInterval(Lever):
     name: ClassVar[str] = "guidance-interval"
     stage: ClassVar[int] = 7
     conflicts: ClassVar[frozenset[str]] = frozenset({"guidance-cache"})
+    guided = False
 
     def requires(self, target: Target) -> str | None:
         """Return why it cannot engage: the two halves must be one batch."""
@@ -246,13 +249,16 @@ class GuidanceInterval(Lever):
         """Go to the next step."""
         self.index, self.num_steps = index + 1, num_steps
 
+    def end(self) -> None:
+        """Outside a run, guide as the pipeline says."""
+        self.guided = False
+
     def apply(self, target: Target) -> None:
         """Stand between the pipeline and its denoiser."""
 
         def around(compute: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                inside = self.start <= self.index / max(self.num_steps, 1) < self.stop
-                if inside or not self.guided:
+                if not self.guided or self.start <= self.index / max(self.num_steps, 1) < self.stop:
                     return compute(*args, **kwargs)
                 self.counts["half steps skipped"] += 1
                 given = _prompt_half(compute, args, kwargs, len(args[0] if args else kwargs["sample"]))
@@ -264,7 +270,8 @@ class GuidanceInterval(Lever):
 
 
 def _halves_are_one_batch(lever: Lever, target: Target) -> str | None:
-    if hasattr(target.pipeline, "unet"):
+    unet = getattr(target.pipeline, "unet", None)
+    if unet is not None and getattr(unet.config, "time_cond_proj_dim", None) is None:  # else guidance is an input
         return None
     return f"{lever.name} needs a pipeline that computes both halves of guidance as one batch, as those with a UNet do"
 
@@ -292,7 +299,10 @@ class FewerSteps(Lever):
         if self.scheduler is not None:
             from imagegen.sampling import make_scheduler
 
-            make_scheduler(target.pipeline.scheduler, self.scheduler)
+            try:
+                make_scheduler(target.pipeline.scheduler, self.scheduler)
+            except RequestError as error:
+                return f"fewer-steps: {error}"
         return None
 
     def apply(self, target: Target) -> None:
