@@ -368,7 +368,6 @@ def test_caches_are_clean_after_a_disturbance(model, kind, plan, disturbance):
     kept = reference.snapshot()[0].values()
     reference.set_plan("exact")  # the last one first: the two share their text encoder
     bench.set_plan("exact")
-    np.testing.assert_array_equal(bench.draw(), reference.draw())
     assert [*bench.snapshot()[0].values()] == [*reference.snapshot()[0].values()] != [*kept]
 
 
