@@ -237,7 +237,7 @@ def measure_denoiser(source: str, tiny: bool, side_px: int, threads: int) -> dic
         twin.load_state_dict(weights, assign=True)  # the same tensors, in a module that a plan may change
         try:
             plan = Plan(name, () if name == "eager" else (name,))
-            runs[name] = (AppliedPlan(plan, SimpleNamespace(unet=twin)), twin)
+            runs[name] = (AppliedPlan(plan, SimpleNamespace(unet=twin, components={"unet": twin})), twin)
         except PlanError as error:
             refused[name] = str(error)
     seconds: dict[str, list[float]] = {name: [] for name in runs}

@@ -253,7 +253,7 @@ def replay(
         from imagegen.receipt import open_picture
 
         _, receipt = open_picture(picture)  # a file without a receipt is refused before any model is loaded
-        with imports_for_one_picture():
+        with contextlib.nullcontext() if receipt.plan.get("levers") else imports_for_one_picture():
             loaded = _load(receipt.model["source"], device, receipt.environment.get("dtype"), "exact")
         from imagegen.reference import replay as replay_picture
 

@@ -9,6 +9,7 @@ from imagegen.measure import versions
 from imagegen.model import Model, load
 from imagegen.receipt import Receipt, describe_request, open_picture, pixels_sha256
 from imagegen.request import ReceiptError, Request, build_request
+from imagegen.speed import EXACT, Plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,6 +68,7 @@ def replay(
 
     Raises:
         ReceiptError: there is no receipt, or one that cannot be replayed.
+        PlanError: a lever that the picture was made with cannot engage here.
         ModelError: the model is not here.
         RequestError: the receipt's settings are not possible.
     """
@@ -82,7 +84,8 @@ def replay(
     used = model or load(receipt.model["source"], device=device, dtype=receipt.environment.get("dtype"))
     settings = {name: recorded[name] for name in TAKEN_FROM_RECEIPT if recorded.get(name) is not None} | {"num_images": 1}
     request = build_request(recorded["prompt"], used.family, settings | {"image": image, "mask": mask})
-    remade = used.generate(request.prompt, **(settings | {"image": request.image, "mask": request.mask})).images[0]
+    with used.plan_for_a_while(plan_of(receipt)):
+        remade = used.generate(request.prompt, **(settings | {"image": request.image, "mask": request.mask})).images[0]
     reasons = _differences(receipt, used, describe_request(request, False), stored)
     if remade.size != stored.size:
         return Verdict(False, 0.0, 255, [*reasons, f"the picture is {stored.size}, the receipt makes {remade.size}"], remade)
@@ -91,6 +94,19 @@ def replay(
         reasons.append(f"the pixels differ by up to {largest}/255 ({psnr_db:.1f} dB), more than the noise floor allows")
         reasons += _changed_versions(receipt)
     return Verdict(not reasons, psnr_db, largest, reasons, remade)
+
+
+def plan_of(receipt: Receipt) -> Plan:
+    """Return the plan that a picture was made with: its name, and the levers that were applied.
+
+    Raises:
+        ReceiptError: the receipt's plan is damaged.
+    """
+    levers = receipt.plan.get("levers", [])
+    if not isinstance(levers, list) or not all(isinstance(part, dict) and isinstance(part.get("lever"), str) for part in levers):
+        raise ReceiptError("the receipt's plan has no usable list of levers: it is damaged")
+    applied = tuple(part["lever"] for part in levers if "why_not" not in part)
+    return Plan(str(receipt.plan.get("name", "")), applied) if applied else EXACT
 
 
 def _differences(receipt: Receipt, model: Model, described: dict, stored: "Image") -> list[str]:

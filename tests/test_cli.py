@@ -232,3 +232,53 @@ def test_control_c_in_the_middle_is_130_and_leaves_nothing():
     assert err.strip().splitlines()[-1] == "imagegen: stopped"
     assert "Traceback" not in err
     assert not Path("made").exists() or list(Path("made").iterdir()) == []
+
+
+@pytest.fixture
+def reference_folder(loaded, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red apple\n# a comment\na rocket\n")
+    assert cli.run(["reference", "set", "--prompts", "prompts.txt", "--steps", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pictures"] == 2
+    return "set"
+
+
+def test_compare_says_yes_and_no(reference_folder, capsys):
+    given = ["compare", reference_folder, "--min-psnr", "60"]
+    assert cli.run([*given, "--plan", "exact", "--report", "r", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["holds"] is True
+    assert Path("r/report.html").is_file() and Path("r/report.json").is_file()
+    assert cli.run([*given, "--plan", "step-cache(warmup=1)"]) == 1
+    assert "outside the budget" in capsys.readouterr().out
+
+
+def test_compare_with_what_is_no_set_or_plan(reference_folder, capsys):
+    assert cli.run(["compare", "r"]) == 2
+    capsys.readouterr()
+    assert cli.run(["compare", reference_folder, "--plan", "warp"]) == 2
+    assert "unknown plan 'warp'" in capsys.readouterr().err
+
+
+def test_reference_overwrites_nothing(reference_folder, capsys):
+    assert cli.run(["reference", reference_folder]) == 2
+    assert "no reference is lost" in capsys.readouterr().err
+
+
+def test_reference_imports(reference_folder, capsys):
+    assert cli.run(["reference", "copy", "--import", reference_folder, "--json"]) == 0
+    wanted = {"folder": "copy", "source": "import", "pictures": 2, "dtype": None, "noise_floor": None}
+    assert json.loads(capsys.readouterr().out) == wanted
+
+
+def test_tune_without_a_budget_says_which_there_are(loaded, capsys):
+    assert cli.run(["tune", "--out", "p.json"]) == 2
+    assert "min_psnr_db" in capsys.readouterr().err and not Path("p.json").exists()
+
+
+def test_pictures_made_with_levers_say_so_and_replay(tmp_path):
+    done = shell("generate", "a red apple", "--seed", "7", "--steps", "4", "--plan", "step-cache(warmup=1)", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["plan"] == "step-cache(warmup=1)"
+    assert "torchao" not in done.stderr
+    shown = shell("show", "7-a-red-apple.png", "--json")
+    assert json.loads(shown.stdout)["plan"]["levers"][0]["did"] == "3 steps computed, 1 steps skipped"
+    replayed = shell("replay", "7-a-red-apple.png")
+    assert (replayed.returncode, replayed.stdout) == (0, "the same picture (identical)\n")
