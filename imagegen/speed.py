@@ -114,10 +114,18 @@ def _is_a(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+ZEN3 = "20 steps on two threads of an AMD EPYC (Zen 3), OpenVINO 2026.4, 2026-11-24"
 TIERS: dict[str, dict[str, Plan]] = {
     "emoji": {
-        "balanced": Plan("balanced", ("prompt-cache", "openvino"), named=False, measured=""),
-        "fast": Plan("fast", ("prompt-cache", "openvino", "step-cache(warmup=3, interval=2)"), named=False, measured=""),
+        "balanced": Plan(
+            "balanced", ("prompt-cache", "openvino"), named=False, measured=f"1.9 x stock diffusers, worst 85.5 dB of 30; {ZEN3}"
+        ),
+        "fast": Plan(
+            "fast",
+            ("prompt-cache", "openvino", "step-cache(warmup=3, interval=2)"),
+            named=False,
+            measured=f"worst 34.4 dB of 14; 0.34 s a picture, stock 1.0 s; {ZEN3}",
+        ),
     },
     "stable-diffusion": {
         "balanced": Plan("balanced", ("prompt-cache", "openvino"), named=False, measured="not measured on real weights"),
