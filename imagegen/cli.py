@@ -483,7 +483,9 @@ def compare(
     folder: Annotated[Path, typer.Argument(help="A reference set.")],
     plans: PlansOption = ["exact"],  # noqa: B006  Typer wants a list
     lora: Annotated[list[str] | None, typer.Option(help="Not in this version.", hidden=True)] = None,
-    min_psnr: Annotated[float | None, typer.Option(help="The PSNR in dB that every picture has to reach.")] = None,
+    min_psnr: Annotated[
+        float | None, typer.Option(help="The PSNR in dB that every picture has to reach; default: each tier's own.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write report.html and report.json into this folder.")] = None,
     model: ModelOption = EMBEDDED,
     device: DeviceOption = None,

@@ -20,7 +20,7 @@ from imagegen.reference_set import Progress, ReferenceSet, open_reference
 from imagegen.report import write_report
 from imagegen.request import DataError
 from imagegen.result import Result
-from imagegen.speed import EXACT, Plan
+from imagegen.speed import BUDGETS_DB, EXACT, Plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +42,7 @@ class Trial:
         memory_gib: the peak while the pictures were made, where the system tells.
         blame: for each lever in turn, the time it gave and the drift it cost.
         verdict: in words.
+        budget_db: the PSNR that every picture should reach: the one asked for, or what the tier promises.
         images: the pictures.
     """
 
@@ -53,6 +54,7 @@ class Trial:
     memory_gib: float | None = None
     blame: list[dict[str, Any]] = field(default_factory=list)
     verdict: str = ""
+    budget_db: float | None = None
     images: list["Image"] = field(default_factory=list, repr=False)
 
     @property
@@ -80,7 +82,7 @@ class Trial:
         """Return the figures without the pictures, JSON-ready."""
         metrics = [name for name, value in self.measured[0].items() if value is not None] if self.measured else []
         figures = {name: {"worst": self.worst(name), "mean": self.mean(name)} for name in metrics if name != "max_difference"}
-        names = ("plan", "verdict", "levers", "warm_up_s", "memory_gib", "blame")
+        names = ("plan", "verdict", "levers", "warm_up_s", "memory_gib", "blame", "budget_db")
         times = {"median_s": self.median_s, "fastest_s": min(self.seconds), "slowest_s": max(self.seconds)}
         return {name: getattr(self, name) for name in names} | times | {"n": len(self.measured), "fidelity": figures}
 
@@ -187,7 +189,7 @@ class ComparisonReport:
         reference: facts of the reference set.
         environment: this machine and its versions.
         trials: one for each plan.
-        budget_db: the PSNR that every picture should reach, if one was given.
+        budget_db: the PSNR that every picture should reach, if one was given; else tiers keep their own promises.
         notes: what should be known when reading it, such as other weights than recorded.
     """
 
@@ -201,8 +203,8 @@ class ComparisonReport:
 
     @property
     def holds(self) -> bool:
-        """Whether every plan stays inside the budget; without one, whether all could be measured."""
-        return self.budget_db is None or all(trial.worst() >= self.budget_db for trial in self.trials)
+        """Whether every plan stays inside its budget."""
+        return all(trial.budget_db is None or trial.worst() >= trial.budget_db for trial in self.trials)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report's figures."""
@@ -241,7 +243,7 @@ def compare(
         reference: the set, or its folder.
         model: what makes the pictures; it gets its own plan back.
         plans: what `Model.set_plan` takes.
-        min_psnr_db: the budget that every picture has to reach.
+        min_psnr_db: the budget that every picture has to reach; by default each tier's own.
         progress: is told the plan, the pictures done, and all.
 
     Raises:
@@ -263,7 +265,8 @@ def compare(
             few = cases[:BLAMED_PICTURES]
             alone = Trial("exact", seconds=exact.seconds[: len(few)], measured=exact.measured[: len(few)])
             trial.blame = blame(model, plan, few, alone)
-        trial.verdict = judge(trial, floor_db, opened.dtype, min_psnr_db)
+        trial.budget_db = BUDGETS_DB.get(plan.name) if min_psnr_db is None else min_psnr_db
+        trial.verdict = judge(trial, floor_db, opened.dtype, trial.budget_db)
         trials.append(trial)
         tell(plan.name, number, len(chosen))
     about = {"folder": str(opened.folder), "source": opened.source, "pictures": len(opened), "dtype": opened.dtype}

@@ -118,13 +118,13 @@ ZEN3 = "20 steps on two threads of an AMD EPYC (Zen 3), OpenVINO 2026.4, 2026-11
 TIERS: dict[str, dict[str, Plan]] = {
     "emoji": {
         "balanced": Plan(
-            "balanced", ("prompt-cache", "openvino"), named=False, measured=f"1.9 x stock diffusers, worst 85.5 dB of 30; {ZEN3}"
+            "balanced", ("prompt-cache", "openvino"), named=False, measured=f"1.95 x exact, worst 87.3 dB of 30; {ZEN3}"
         ),
         "fast": Plan(
             "fast",
-            ("prompt-cache", "openvino", "step-cache(warmup=3, interval=2)"),
+            ("prompt-cache", "openvino", "step-cache(warmup=4, interval=2, late=3, order=1)"),
             named=False,
-            measured=f"worst 34.4 dB of 14; 0.34 s a picture, stock 1.0 s; {ZEN3}",
+            measured=f"3.2 x exact, worst 31.7 dB of 30; {ZEN3}",
         ),
     },
     "stable-diffusion": {

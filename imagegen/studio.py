@@ -164,7 +164,8 @@ def lay_out_generate(model: Model) -> SimpleNamespace:
     side = {"minimum": family.min_px, "maximum": family.max_px, "step": family.multiple_px, "value": family.size_px}
     with gr.Row():
         with gr.Column(scale=5):
-            tab.prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[0], max_lines=6, autofocus=True)
+            # No autofocus: Gradio takes the focus from the other fields again whenever a long prompt scrolls.
+            tab.prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[0], max_lines=6)
             gr.Examples([[text] for text in EXAMPLES], tab.prompt, label="Try one of these")
             with gr.Row():
                 tab.run = gr.Button("Generate", variant="primary", scale=3)

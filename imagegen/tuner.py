@@ -41,8 +41,8 @@ MARGIN = {"psnr_db": 1.0, "ssim": 0.005, "flip": 0.005}  # the search has to kee
 # Levers that exclude each other or act on the same thing, as alternatives; each alone, then one of each.
 BACKENDS = ("openvino", "bf16", "int8-dynamic", "int8-weight-only", "fp8", "channels-last", "compile")
 STEP_CACHES = (
-    *(f"step-cache(warmup={warmup}, interval={interval}, order={order})"
-      for warmup, interval, order in ((6, 2, 1), (4, 2, 1), (3, 2, 0), (7, 3, 1), (6, 3, 1), (6, 3, 0), (5, 3, 0), (4, 3, 0))),
+    *(f"step-cache(warmup={warmup}, interval={interval}, late={late}, order=1)"
+      for warmup, interval, late in ((6, 2, 2), (5, 2, 3), (4, 2, 3), (4, 2, 4), (3, 2, 3), (4, 2, 5), (4, 3, 4))),
     *(f"deep-cache(interval={interval}, depth={depth})" for depth, interval in ((2, 2), (1, 2), (1, 3))),
     *("first-block-cache(threshold=0.03)", "first-block-cache(threshold=0.08)", "first-block-cache(threshold=0.15)"),
     *("taylorseer-cache(interval=2)", "taylorseer-cache(interval=4)", "mag-cache(threshold=0.06)"),

@@ -39,7 +39,8 @@ def test_what_the_wheel_carries(wheel):
         assert part in inside
     assert {"LICENSE-MiniLM", "README.md", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"} <= inside
     assert not [name for name in names if "recipe" in name or "samples" in name or name.startswith("tests")]
-    assert "imagegen/receipt.schema.json" in names
+    assert "references/reference.json" in inside
+    assert {"imagegen/receipt.schema.json", "imagegen/report.html", "imagegen/prompts.json"} <= set(names)
     assert wheel.name.startswith("imagegen_diffusion-")
     assert wheel.stat().st_size < 100e6
 

@@ -38,11 +38,13 @@ def extrapolate(history: Sequence[tuple[int, Any]], index: int) -> Any:
 class Scheduled(Lever):
     """A lever that computes the first `warmup` steps, then every `interval`-th, and the last.
 
-    `order` is that of the polynomial that continues what was computed: 0 repeats the last.
+    In the second half of the steps, where less is decided, it may be every `late`-th: 0 is as before. `order`
+    is that of the polynomial that continues what was computed: 0 repeats the last.
     """
 
     warmup: int = 3
     interval: int = 2
+    late: int = 0
     order: int = 0
 
     def __post_init__(self) -> None:
@@ -67,8 +69,10 @@ class Scheduled(Lever):
 
     def is_due(self) -> bool:
         """Return whether this step is computed in full."""
-        since = self.position() - (self.warmup - 1)
-        return since <= 0 or since % self.interval == 0 or self.index >= self.num_steps - 1
+        position, due = self.position(), self.warmup - 1
+        while due < position:
+            due += self.late if self.late and 2 * due >= self.num_steps else self.interval
+        return position < self.warmup or due == position or self.index >= self.num_steps - 1
 
     def position(self) -> int:
         """Return where the schedule is: at this step."""
@@ -80,8 +84,8 @@ class Scheduled(Lever):
 
     def requires(self, target: Target) -> str | None:
         """Return what is wrong with the settings."""
-        if self.warmup < 1 or self.interval < 2 or not 0 <= self.order <= 2:
-            return f"{self} is impossible: warmup is from 1, interval from 2, order 0, 1 or 2"
+        if self.warmup < 1 or self.interval < 2 or self.late < 0 or self.late == 1 or not 0 <= self.order <= 2:
+            return f"{self} is impossible: warmup is from 1, interval from 2, late 0 or from 2, order 0, 1 or 2"
         return None
 
 

@@ -77,6 +77,17 @@ def keep_account(work: Path, file: Path) -> None:
     os.replace(part_file, file)
 
 
+def record_again(folder: Path) -> None:
+    """Record the reference set of new weights in the old one's place."""
+    import imagegen
+
+    fresh, old = folder / "references.part", folder / "references"
+    shutil.rmtree(fresh, ignore_errors=True)
+    imagegen.record_reference(imagegen.load(folder), None, fresh)
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(fresh, old)
+
+
 def _amend(file: Path, **values: object) -> None:
     """Set values in a JSON file, and drop the path of this machine that libraries leave there."""
     config = json.loads(file.read_text()) | values
@@ -95,3 +106,4 @@ if __name__ == "__main__":
         arguments.out,
     )
     keep_account(arguments.work, HERE / "training.json")
+    record_again(arguments.out)
