@@ -620,3 +620,18 @@ def test_mag_cache_knows_flux_and_needs_ratios_of_others(flux, unet):
     assert make_lever("mag-cache").requires(Target(flux.pipeline)) is None
     assert "calibrate" in make_lever("mag-cache").requires(Target(unet.pipeline))
     assert isinstance(AppliedPlan(find_plan("mag-cache", "flux"), FluxBench().pipeline).levers[0], blocks.MagCache)
+
+
+@pytest.mark.parametrize(
+    ("settings", "computed"),
+    [({"warmup": 3}, [0, 1, 2, 4, 6, 8, 10, 11]), ({"warmup": 3, "late": 3}, [0, 1, 2, 4, 6, 9, 11]),
+     ({"warmup": 2, "interval": 3, "late": 4}, [0, 1, 4, 7, 11])],
+)  # fmt: skip
+def test_the_schedule_grows_in_the_second_half(settings, computed):
+    cache = LEVERS["step-cache"](**settings)
+    cache.begin(True, 12)
+    due = []
+    for index in range(12):
+        due += [index] if cache.is_due() else []
+        cache.advance(index, 12)
+    assert due == computed

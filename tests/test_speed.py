@@ -95,7 +95,7 @@ def test_plain_words_and_numbers_need_no_care():
         ("", "unknown lever ''"),
         ("step-cache(", "unknown lever"),
         ("step-cache)x(", "unknown lever"),
-        ("step-cache(depth=1)", "no setting 'depth=1': it takes warmup, interval, order"),
+        ("step-cache(depth=1)", "no setting 'depth=1': it takes warmup, interval, late, order"),
         ("step-cache(3)", "no setting '3'"),
         ("step-cache(warmup=)", "no setting 'warmup='"),
         ("bf16(x=1)", "it takes none"),
