@@ -32,7 +32,7 @@ from imagegen.weights import cache_folder
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SEARCH_PICTURES, CONFIRM_PICTURES = 6, 30
+SEARCH_PICTURES = 6
 SEARCH_SHARE = 0.55  # of the time may go into the search
 SLACK_DB = 2.0  # predictions are that far off: what is predicted to miss the budget by less is measured
 SAFE = {"psnr_db": 4.0, "ssim": 0.02, "flip": 0.02}  # thirty pictures have a worse one among them than six, by so much

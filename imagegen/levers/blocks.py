@@ -4,7 +4,7 @@ Each is switched on when a run begins and off when it ends, however it ends: dif
 their state otherwise, and the picture after a stopped one comes out wrong.
 """
 
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,9 +25,9 @@ class _DiffusersCache(Lever):
             return f"diffusers has no {self.name} for a {type(target.worker).__name__}: use step-cache"
         return None
 
+    @abstractmethod
     def config(self, num_steps: int) -> Any:
         """Return diffusers' configuration for a run of so many steps."""
-        raise NotImplementedError
 
     def apply(self, target: Target) -> None:
         """Count the calls of the denoiser and what is computed of them; the cache comes with a run."""
@@ -35,22 +35,12 @@ class _DiffusersCache(Lever):
         self.during_run = Patches()
         if target.worker is not target.denoiser:  # pipelines name each call's half of guidance to the denoiser
             self.patches.set(target.denoiser, "cache_context", target.worker.cache_context)
-        self.patches.wrap(target.worker, "forward", self._counter("denoiser calls"))
+        self.patches.count(target.worker, "forward", self.counts, "denoiser calls")
         for module in self._probes():
-            self.patches.wrap(module, "forward", self._counter("attentions computed"))
+            self.patches.count(module, "forward", self.counts, "attentions computed")
 
     def _probes(self) -> list[Any]:
         return [module for name, module in self.worker.named_modules() if name.rsplit(".", 1)[-1] == "attn"]
-
-    def _counter(self, label: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def around(compute: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                self.counts[label] += 1
-                return compute(*args, **kwargs)
-
-            return forward
-
-        return around
 
     def begin(self, guided: bool, num_steps: int) -> None:
         """Switch the cache on, empty."""

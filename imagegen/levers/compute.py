@@ -6,6 +6,7 @@ Each lets the denoiser's own weights stand: precision and quantisation work on a
 import copy
 import shutil
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,9 +34,9 @@ class _OnACopy(Lever):
     stage: ClassVar[int] = 1
     dtype: ClassVar[torch.dtype | None] = None
 
+    @abstractmethod
     def change(self, worker: torch.nn.Module) -> None:
         """Change the copy."""
-        raise NotImplementedError
 
     def apply(self, target: Target) -> None:
         """Make the copy and send the denoiser's calls to it."""
@@ -114,9 +115,9 @@ class _Quantised(_OnACopy):
     def _layers(self, worker: torch.nn.Module) -> int:
         return sum(self._fits(module) for module in worker.modules())
 
+    @abstractmethod
     def config(self) -> Any:
         """Return torchao's configuration."""
-        raise NotImplementedError
 
     def change(self, worker: torch.nn.Module) -> None:
         """Quantise the weights and count the layers that changed."""
@@ -343,14 +344,7 @@ class AttentionBackend(Lever):
             self.patches.set(processor, "_attention_backend", name)
             self.counts["processors changed"] += 1
 
-        def around(compute: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                self.counts["denoiser calls"] += 1
-                return compute(*args, **kwargs)
-
-            return forward
-
-        self.patches.wrap(target.worker, "forward", around)
+        self.patches.count(target.worker, "forward", self.counts, "denoiser calls")
 
     def engaged(self) -> str:
         """Return the processors and calls; empty if there were none."""

@@ -6,6 +6,7 @@ attributes of objects (`Patches`), or lets a copy of the denoiser do the work.
 
 import ast
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -64,6 +65,18 @@ class Patches:
         """Replace a method by what `make` builds around it."""
         self.set(owner, name, make(getattr(owner, name)))
 
+    def count(self, owner: Any, name: str, counts: Counter[str], label: str) -> None:
+        """Count the calls of a method."""
+
+        def around(compute: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*args: Any, **kwargs: Any) -> Any:
+                counts[label] += 1
+                return compute(*args, **kwargs)
+
+            return counted
+
+        self.wrap(owner, name, around)
+
     def on_undo(self, action: Callable[[], None]) -> None:
         """Do this as well on `undo`, in its turn."""
         self._undo.append(action)
@@ -75,7 +88,7 @@ class Patches:
 
 
 @dataclass
-class Lever:
+class Lever(ABC):
     """One speed-up. Its fields are its settings.
 
     Class attributes:
@@ -101,21 +114,21 @@ class Lever:
         """Return why it cannot engage on this pipeline and machine, with the way out; None where it can."""
         return None
 
+    @abstractmethod
     def apply(self, target: Target) -> None:
         """Make the change."""
-        raise NotImplementedError
 
     def undo(self) -> None:
         """Put everything back exactly."""
         self.patches.undo()
 
-    def begin(self, guided: bool, num_steps: int) -> None:
+    def begin(self, guided: bool, num_steps: int) -> None:  # noqa: B027  most levers have nothing to do here
         """A run begins in this thread: `guided` says whether guidance is computed."""
 
-    def advance(self, index: int, num_steps: int) -> None:
+    def advance(self, index: int, num_steps: int) -> None:  # noqa: B027  most levers have nothing to do here
         """Step `index` of `num_steps` is done; `num_steps` is exact from here on."""
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027  most levers have nothing to do here
         """The run is over, however it ended: nothing of it may be left."""
 
     def engaged(self) -> str:

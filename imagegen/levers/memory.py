@@ -75,8 +75,8 @@ class DecodeSlicing(Lever):
         """Switch it on, and count the decoder's calls beyond one for each batch."""
         vae = target.pipeline.vae
         self.patches.set(vae, "use_slicing", True)
-        self.patches.wrap(vae.decoder, "forward", _counter(self.counts, "decoder calls"))
-        self.patches.wrap(vae, "decode", _counter(self.counts, "batches decoded"))
+        self.patches.count(vae.decoder, "forward", self.counts, "decoder calls")
+        self.patches.count(vae, "decode", self.counts, "batches decoded")
 
     def engaged(self) -> str:
         """Return the calls; empty if none was for a part of a batch."""
@@ -105,8 +105,8 @@ class DecodeTiling(Lever):
         self.patches.set(vae, "use_tiling", True)
         self.patches.set(vae, "tile_sample_min_size", self.tile_px)
         self.patches.set(vae, "tile_latent_min_size", self.tile_px // target.pipeline.vae_scale_factor)
-        self.patches.wrap(vae.decoder, "forward", _counter(self.counts, "decoder calls"))
-        self.patches.wrap(vae, "decode", _counter(self.counts, "batches decoded"))
+        self.patches.count(vae.decoder, "forward", self.counts, "decoder calls")
+        self.patches.count(vae, "decode", self.counts, "batches decoded")
 
     def engaged(self) -> str:
         """Return the calls; empty if no picture was large enough for two tiles."""
@@ -180,7 +180,7 @@ class ModelOffload(_NeedsGpu):
         pipeline.enable_model_cpu_offload(device=device)
         self.patches.on_undo(lambda: pipeline.to(device))
         self.patches.on_undo(pipeline.remove_all_hooks)
-        self.patches.wrap(target.denoiser, "forward", _counter(self.counts, "denoiser calls while offloaded"))
+        self.patches.count(target.denoiser, "forward", self.counts, "denoiser calls while offloaded")
 
 
 @dataclass
@@ -210,7 +210,7 @@ class GroupOffload(_NeedsGpu):
             denoiser.to(device)
 
         self.patches.on_undo(remove)
-        self.patches.wrap(denoiser, "forward", _counter(self.counts, "denoiser calls while offloaded"))
+        self.patches.count(denoiser, "forward", self.counts, "denoiser calls while offloaded")
 
 
 @dataclass
@@ -239,16 +239,3 @@ class LayerwiseCasting(_NeedsGpu):
                     value.data = kept[name].to(value.device)
 
         self.patches.on_undo(restore)
-
-
-def _counter(counts: Any, label: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return what wraps a method so that its calls are counted."""
-
-    def around(compute: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            counts[label] += 1
-            return compute(*args, **kwargs)
-
-        return counted
-
-    return around
