@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+GIB = 2**30
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors")
 
 
@@ -71,6 +72,14 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": sys.version.split()[0],
     }
+
+
+def synchronise(device: "torch.device") -> None:
+    """Wait until the device has done what it was told: a clock says nothing before."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: "torch.device") -> None:

@@ -5,6 +5,7 @@ the steps to a reader, who may stop. Knows nothing of diffusers.
 """
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -19,8 +20,10 @@ from imagegen import profile as profiles
 from imagegen import receipt as receipts
 from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, Family, embedded_folder, family_of
 from imagegen.families import diffusion
+from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
+from imagegen.levers import RunFacts
 from imagegen.measure import environment, machine_of
-from imagegen.request import ModelError, Request, RequestError, build_request
+from imagegen.request import ModelError, PlanError, Request, RequestError, build_request
 from imagegen.result import Picture, Result
 from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
 from imagegen.weights import hash_weights
@@ -83,16 +86,21 @@ class Model:
         folder: where its files are.
         family: what it can make, and its defaults.
         pipeline: the diffusers pipeline, for everything that is not here.
+        memory: which memory levers a budget chose, or an out-of-memory error added, and why; in words.
     """
 
-    def __init__(self, source: str, folder: Path, family: Family, pipeline: Any) -> None:
+    def __init__(self, source: str, folder: Path, family: Family, pipeline: Any, memory_gib: float | None = None) -> None:
         """Wrap a loaded pipeline; users call `load`."""
         self.source = source
         self.folder = folder
         self.family = family
         self.pipeline = pipeline
         self._kept: dict[Any, Any] = {}
-        self._applied = AppliedPlan(EXACT, pipeline, self._kept)
+        self._rung, self.memory = 0, ""
+        if memory_gib is not None:
+            needs = measure_needs(pipeline, family.size_px)
+            self._rung, self.memory = choose_rung(needs, memory_gib, pipeline.device)
+        self._applied = self._apply(EXACT)
 
     @property
     def device(self) -> torch.device:
@@ -134,10 +142,41 @@ class Model:
         before = self._applied.plan
         self._applied.undo()
         try:
-            self._applied = AppliedPlan(chosen, self.pipeline, self._kept)
+            self._applied = self._apply(chosen)
         except BaseException:
-            self._applied = AppliedPlan(before, self.pipeline, self._kept)
+            self._applied = self._apply(before)
             raise
+
+    def _apply(self, plan: Plan) -> AppliedPlan:
+        return AppliedPlan(plan, self.pipeline, self._kept, rungs(self.pipeline.device)[self._rung].levers)
+
+    def _make_room(self, reason: str, back_to: tuple[int, str]) -> None:
+        """Go down to the next rung of memory levers that the plan allows, and say so.
+
+        Args:
+            reason: the error, in words.
+            back_to: the rung, and what was said of it, to go back to where none is left.
+
+        Raises:
+            ModelError: none is left.
+        """
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        plan = self.plan
+        self._applied.undo()
+        for lower in range(self._rung + 1, len(rungs(self.device))):
+            self._rung = lower
+            with contextlib.suppress(PlanError):  # it conflicts with the plan
+                self._applied = self._apply(plan)
+                rung = rungs(self.device)[self._rung]
+                differ = "" if rung.same else "; pictures may differ slightly from those before"
+                self.memory = f"out of memory: from now on with {' + '.join(rung.levers)}{differ}"
+                warnings.warn(f"{self.memory} ({reason})", stacklevel=2)
+                return
+        self._rung, self.memory = back_to
+        self._applied = self._apply(plan)
+        raise ModelError(f"out of memory ({reason}): make smaller pictures, fewer at once, or load the model in bfloat16")
 
     @contextlib.contextmanager
     def plan_for_a_while(self, plan: str | Path | Plan) -> Iterator[None]:
@@ -216,7 +255,7 @@ class Model:
         limit, cut = diffusion.cut_text(self.pipeline, prompt)
         return f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
 
-    def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, diffusion.Run]:
+    def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, Callable[[diffusion.OnStep | None], list[Any]]]:
         """Check everything before anything runs; a prompt too long for the text encoder warns."""
         defaults = self._applied.default_settings()
         given = {name for name in ("num_steps", "scheduler") if settings.get(name) is not None}
@@ -230,11 +269,12 @@ class Model:
             warnings.warn(notice, stacklevel=4)
         return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, noise))
 
-    def _with_plan(self, request: Request, run: diffusion.Run) -> diffusion.Run:
+    def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:
         """Let the plan's levers follow a run, in whatever thread it is computed."""
         num_steps = int(request.num_steps * (request.strength or 1.0))
+        facts = RunFacts(request.guidance > 1, num_steps, request.guidance, run.scheduler, run.generators)
 
-        def followed(on_step: Callable[[diffusion.StepState], None] | None) -> list[Any]:
+        def followed(on_step: diffusion.OnStep | None) -> list[Any]:
             applied = self._applied  # the plan when the run begins, which may be later than its request
 
             def after_step(state: diffusion.StepState) -> None:
@@ -242,10 +282,21 @@ class Model:
                 if on_step is not None:
                     on_step(state)
 
-            with applied.running(request.guidance > 1, num_steps):
+            with applied.running(facts):
                 return run(after_step if applied.levers or on_step else None)
 
-        return followed
+        def retried(on_step: diffusion.OnStep | None) -> list[Any]:
+            back_to = (self._rung, self.memory)
+            while True:
+                try:
+                    return followed(on_step)
+                except (RuntimeError, MemoryError) as error:
+                    reason = out_of_memory(error)
+                    if reason is None:
+                        raise
+                self._make_room(reason, back_to)  # outside of the handler, whose traceback holds on to the tensors
+
+        return retried
 
     def _read(self, request: Request, states: Generator[Any, None, None], given_noise: bool) -> Generator[Step, None, None]:
         """Turn the family's states into steps: one is held back, so that the last carries the result."""
@@ -297,6 +348,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     plan: str | Path | Plan = "exact",
+    memory_gib: float | None = None,
 ) -> Model:
     """Load a model; touches no network.
 
@@ -305,12 +357,16 @@ def load(
         device: `cpu`, `cuda`, `cuda:1` …; by default CUDA where there is one.
         dtype: a torch dtype or its name; by default the family's reference dtype.
         plan: what `Model.set_plan` takes.
+        memory_gib: the most memory to take for a picture of the native size; levers that save memory are
+            chosen by an estimate, and `Model.memory` says which.
 
     Raises:
         ModelError: the model is missing, broken, of an unknown kind, or cannot run there.
         PlanError: there is no such plan, or it cannot engage here.
     """
-    chosen_device = _find_device(device)
+    chosen_device = find_device(device)
+    if memory_gib is not None and not (isinstance(memory_gib, (int, float)) and memory_gib > 0):
+        raise ModelError(f"memory_gib must be above 0, got {memory_gib!r}")
     name = str(source)
     folder = embedded_folder() if name == EMBEDDED else Path(source)
     pipeline_class = diffusion.read_index(folder)["_class_name"]
@@ -322,13 +378,18 @@ def load(
         raise ModelError(f"{name!r} is a {pipeline_class}, which this version does not run: it runs {', '.join(known)}")
     pipeline = diffusion.load_pipeline(folder, chosen_device, _find_dtype(dtype, chosen_device, family))
     size = diffusion.native_size(pipeline)
-    model = Model(name, folder, replace(family, size_px=size) if size else family, pipeline)
+    model = Model(name, folder, replace(family, size_px=size) if size else family, pipeline, memory_gib)
     if plan != "exact":
         model.set_plan(plan)
     return model
 
 
-def _find_device(device: str | torch.device | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
+    """Return the device of that name; CUDA where there is one, if none is named.
+
+    Raises:
+        ModelError: there is no such device here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -10,13 +10,13 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 import torch
 
-from imagegen.levers import LEVERS, Lever, Target
+from imagegen.levers import LEVERS, Lever, RunFacts, Target
 from imagegen.levers.lever import weights_stamp
 from imagegen.request import PlanError, RequestError
 
@@ -174,18 +174,20 @@ class AppliedPlan:
         left_out: those that cannot engage here, with the reason; only where a tier chose them.
     """
 
-    def __init__(self, plan: Plan, pipeline: Any, kept: dict[Any, Any] | None = None) -> None:
+    def __init__(self, plan: Plan, pipeline: Any, kept: dict[Any, Any] | None = None, memory: tuple[str, ...] = ()) -> None:
         """Apply a plan; on an error nothing stays changed.
 
         Args:
             plan: the plan.
             pipeline: the diffusers pipeline.
             kept: of the plans before on the same pipeline, so that what was compiled is found again.
+            memory: levers that make the model fit, besides the plan's own; nobody named them.
 
         Raises:
             PlanError: a lever that the user named cannot engage; the message says why and the way out.
         """
         self.plan = plan
+        self.memory = tuple(lever for lever in memory if lever not in plan.levers)
         self.levers: list[Lever] = []
         self.left_out: list[tuple[Lever, str]] = []
         self._pipeline = pipeline
@@ -198,9 +200,9 @@ class AppliedPlan:
         self.levers, self.left_out = [], []
         target = Target(self._pipeline, self._kept)  # anew each time: a component may have been replaced
         try:
-            for lever in self.plan.build():
+            for lever in replace(self.plan, levers=self.plan.levers + self.memory).build():
                 reason = lever.requires(target)
-                if reason and self.plan.named:
+                if reason and self.plan.named and str(lever) not in self.memory:
                     raise PlanError(reason)
                 if reason:
                     self.left_out.append((lever, reason))
@@ -214,7 +216,7 @@ class AppliedPlan:
 
     def _stamp_now(self) -> tuple[Any, ...]:
         """Return what changes whenever the weights do that levers derived theirs from, or encodings."""
-        components = self._pipeline.components.values() if self.plan.levers else ()
+        components = self._pipeline.components.values() if self.plan.levers or self.memory else ()
         return weights_stamp(part for part in components if isinstance(part, torch.nn.Module))
 
     def undo(self) -> None:
@@ -229,7 +231,7 @@ class AppliedPlan:
             self.levers.pop().undo()
 
     @contextlib.contextmanager
-    def running(self, guided: bool, num_steps: int) -> Iterator[None]:
+    def running(self, run: RunFacts) -> Iterator[None]:
         """Enclose one run, in the thread that computes it; nothing of it is left afterwards.
 
         Raises:
@@ -247,7 +249,7 @@ class AppliedPlan:
         try:
             with contextlib.nullcontext() if any(lever.name == "attention" for lever in self.levers) else native_attention:
                 for lever in self.levers:
-                    lever.begin(guided, num_steps)
+                    lever.begin(run)
                     begun.append(lever)
                 yield
         finally:

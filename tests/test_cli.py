@@ -26,8 +26,9 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def loaded(model, monkeypatch):
     """Let commands in this process use the session's model, and leave its modules alone."""
-    monkeypatch.setattr(cli, "_load", lambda *_: model)
-    monkeypatch.setattr(cli, "imports_for_one_picture", contextlib.nullcontext)
+    for commands in (cli.pictures, cli.plans):
+        monkeypatch.setattr(commands, "load_model", lambda *_: model)
+    monkeypatch.setattr(cli.pictures, "imports_for_one_picture", contextlib.nullcontext)
 
 
 def shell(*arguments, **options):
@@ -184,6 +185,16 @@ def test_verify_finds_a_truncated_file(capsys):
     Path("unet/w.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     assert cli.run(["models", "verify", "."]) == 1
     assert "truncated" in capsys.readouterr().out
+
+
+def test_doctor_estimates_a_model_before_its_download(capsys):
+    assert cli.run(["doctor", "--model", "flux.1", "--gpu", "4090", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "estimated" and not found["fits"]["exact"]
+    assert cli.run(["doctor", "--model", "sd1.5"]) == 0
+    assert "a lower bound" in capsys.readouterr().out
+    assert cli.run(["doctor", "--model", "sd1.5", "--gpu", "voodoo"]) == 2
+    assert cli.run(["doctor", "--model", "none"]) == 2
 
 
 def test_doctor(capsys):

@@ -11,7 +11,7 @@ from tiny import ONE_BLOCK, FluxBench, ModelBench, make_unet
 
 from imagegen.catalog import embedded_folder
 from imagegen.levers import LEVERS, Lever, Target, blocks, compute, steps
-from imagegen.levers.lever import Patches
+from imagegen.levers.lever import Patches, RunFacts
 from imagegen.request import PlanError
 from imagegen.speed import AppliedPlan, Plan, find_plan, make_lever
 
@@ -105,9 +105,9 @@ CASES = {
 }
 # What does the work is `apply`, but for these.
 MUTATIONS = {
-    "threads": ("begin", lambda self, guided, num_steps: setattr(self, "before", torch.get_num_threads())),
+    "threads": ("begin", lambda self, run: setattr(self, "before", torch.get_num_threads())),
     "fewer-steps": ("default_settings", lambda self: {}),
-    **{name: ("begin", lambda self, guided, num_steps: None) for name in ("first-block-cache", "taylorseer-cache", "mag-cache")},
+    **{name: ("begin", lambda self, run: None) for name in ("first-block-cache", "taylorseer-cache", "mag-cache")},
 }
 
 
@@ -156,7 +156,8 @@ def test_a_lever_that_does_nothing_is_not_engaged(benches, tiny_decoder, name, m
 
 def test_every_lever_has_its_case():
     need_hardware = {"bf16", "fp16", "fp8", "model-offload", "group-offload", "layerwise-casting", "sea-cache"}
-    assert set(CASES) | need_hardware | {"compile"} == set(LEVERS)
+    elsewhere = {"cuda-graph", "step-graph", "text-offload", "context-parallel"}  # test_graphs, test_fit, test_parallel
+    assert set(CASES) | need_hardware | elsewhere | {"compile"} == set(LEVERS)
 
 
 @pytest.mark.parametrize(
@@ -629,7 +630,7 @@ def test_mag_cache_knows_flux_and_needs_ratios_of_others(flux, unet):
 )  # fmt: skip
 def test_the_schedule_grows_in_the_second_half(settings, computed):
     cache = LEVERS["step-cache"](**settings)
-    cache.begin(True, 12)
+    cache.begin(RunFacts(True, 12))
     due = []
     for index in range(12):
         due += [index] if cache.is_due() else []

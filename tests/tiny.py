@@ -14,6 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from imagegen.levers import RunFacts
 from imagegen.model import Model
 from imagegen.speed import EXACT, AppliedPlan, find_plan
 
@@ -140,7 +141,7 @@ class FluxBench(Bench):
                 on_step(pipe, index)
             return {}
 
-        with self.applied.running(False, num_steps):
+        with self.applied.running(RunFacts(False, num_steps)):
             settings = {"width": size, "height": size, "num_inference_steps": num_steps, "output_type": "np"}
             seeded = torch.Generator().manual_seed(1)
             images = self.pipeline(**self.text, **settings, generator=seeded, callback_on_step_end=after_step).images

@@ -45,7 +45,36 @@ class StepState:
     original: torch.Tensor
 
 
-Run = Callable[[Callable[[StepState], None] | None], list[Any]]
+OnStep = Callable[[StepState], None]
+
+
+class Run:
+    """The stock pipeline, ready to make a request's pictures.
+
+    Attributes:
+        scheduler: its own.
+        generators: one for each picture.
+    """
+
+    def __init__(self, runner: Any, settings: dict[str, Any]) -> None:
+        """Keep the pipeline and its arguments."""
+        self._runner, self._settings = runner, settings
+        self.scheduler = runner.scheduler
+        given = settings["generator"]
+        self.generators: tuple[torch.Generator, ...] = tuple(given) if isinstance(given, list) else (given,)
+
+    def __call__(self, on_step: OnStep | None) -> list[Any]:
+        """Make the PIL pictures; tell `on_step`, if any, the state after every step. What it raises ends the work."""
+
+        def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step is not None:
+                latents = tensors["latents"]
+                on_step(StepState(index, pipe.num_timesteps, latents, predicted_original(pipe.scheduler, latents)))
+            return {}
+
+        for generator in self.generators:
+            generator.manual_seed(generator.initial_seed())  # a second try, after an error, begins like the first
+        return self._runner(**self._settings, callback_on_step_end=after_step).images
 
 
 class _Left(BaseException):
@@ -148,9 +177,8 @@ def cut_text(pipeline: Any, prompt: str) -> tuple[int, str]:
 
 
 def prepare_run(pipeline: Any, request: Request, noise: torch.Tensor | None) -> Run:
-    """Return the stock pipeline's run for a request: a function that makes the PIL pictures.
+    """Return the stock pipeline's run for a request.
 
-    It takes what is told the state after every step, or None; an exception raised there ends the work.
     Every run has a scheduler and a pipeline object of its own, so that two runs of one model never meet.
 
     Args:
@@ -163,18 +191,7 @@ def prepare_run(pipeline: Any, request: Request, noise: torch.Tensor | None) -> 
     """
     runner = _for_mode(pipeline, request)
     runner.scheduler = make_scheduler(pipeline.scheduler, request.scheduler)
-    settings = _translate(runner, request, noise)
-
-    def run(on_step: Callable[[StepState], None] | None) -> list[Any]:
-        def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None:
-                latents = tensors["latents"]
-                on_step(StepState(index, pipe.num_timesteps, latents, predicted_original(pipe.scheduler, latents)))
-            return {}
-
-        return runner(**settings, callback_on_step_end=after_step).images
-
-    return run
+    return Run(runner, _translate(runner, request, noise))
 
 
 def _for_mode(pipeline: Any, request: Request) -> Any:
@@ -217,7 +234,7 @@ def _translate(runner: Any, request: Request, noise: torch.Tensor | None) -> dic
     return settings
 
 
-def in_lock_step(run: Run) -> Generator[StepState | list[Any], None, None]:
+def in_lock_step(run: Callable[[OnStep | None], list[Any]]) -> Generator[StepState | list[Any], None, None]:
     """Turn a run, which calls back after every step, into an iterator of the steps and, last, the pictures.
 
     The function runs in a thread that waits, after each step, until the reader asks for the next.

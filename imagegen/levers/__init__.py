@@ -1,7 +1,7 @@
 """The levers by name. Plans put them together (`speed`); each module here holds one kind."""
 
-from imagegen.levers import blocks, compute, memory, steps
-from imagegen.levers.lever import Lever, Target
+from imagegen.levers import blocks, compute, graphs, memory, parallel, steps
+from imagegen.levers.lever import Lever, RunFacts, Target
 
 LEVERS: dict[str, type[Lever]] = {
     lever.name: lever
@@ -17,10 +17,14 @@ LEVERS: dict[str, type[Lever]] = {
         compute.AttentionBackend,
         compute.Compile,
         compute.OpenVino,
+        parallel.ContextParallel,
+        graphs.CudaGraph,
+        graphs.StepGraph,
         memory.PromptCache,
         memory.TinyDecoder,
         memory.DecodeSlicing,
         memory.DecodeTiling,
+        memory.TextOffload,
         memory.ModelOffload,
         memory.GroupOffload,
         memory.LayerwiseCasting,
@@ -38,4 +42,4 @@ LEVERS: dict[str, type[Lever]] = {
 for _lever in LEVERS.values():  # what one lever says of two holds for the other
     _lever.conflicts = _lever.conflicts | {name for name, other in LEVERS.items() if _lever.name in other.conflicts}
 
-__all__ = ["LEVERS", "Lever", "Target"]
+__all__ = ["LEVERS", "Lever", "RunFacts", "Target"]

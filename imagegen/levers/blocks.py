@@ -8,7 +8,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from imagegen.levers.lever import Lever, Patches, Target
+from imagegen.levers.lever import Lever, Patches, RunFacts, Target
 
 CACHES = frozenset({"first-block-cache", "taylorseer-cache", "mag-cache", "sea-cache"})
 
@@ -42,12 +42,12 @@ class _DiffusersCache(Lever):
     def _probes(self) -> list[Any]:
         return [module for name, module in self.worker.named_modules() if name.rsplit(".", 1)[-1] == "attn"]
 
-    def begin(self, guided: bool, num_steps: int) -> None:
+    def begin(self, run: RunFacts) -> None:
         """Switch the cache on, empty."""
         for module in self.worker.modules():
             for name in ("forward", "_diffusers_hook", "_cache_config"):
                 self.during_run.keep(module, name)
-        self.worker.enable_cache(self.config(num_steps))
+        self.worker.enable_cache(self.config(run.num_steps))
 
     def end(self) -> None:
         """Switch it off; with it goes its state, and the hooks that diffusers leaves empty."""

@@ -4,6 +4,7 @@ Each lets the denoiser's own weights stand: precision and quantisation work on a
 """
 
 import copy
+import os
 import shutil
 import warnings
 from abc import abstractmethod
@@ -15,8 +16,11 @@ from typing import Any, ClassVar
 import torch
 
 from imagegen.families.diffusion import quiet
-from imagegen.levers.lever import Lever, Target, map_tensors, weights_stamp
+from imagegen.levers.lever import Lever, RunFacts, Target, map_tensors, weights_stamp
+from imagegen.weights import cache_folder
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+MAX_SHAPES = 64
 PRECISIONS = frozenset({"bf16", "fp16", "int8-dynamic", "int8-weight-only", "fp8"})
 
 
@@ -247,7 +251,7 @@ class Threads(Lever):
     def apply(self, target: Target) -> None:
         """Change nothing yet: the number belongs to a run and its thread."""
 
-    def begin(self, guided: bool, num_steps: int) -> None:
+    def begin(self, run: RunFacts) -> None:
         """Set the number of threads."""
         self.before = torch.get_num_threads()
         torch.set_num_threads(self.count)
@@ -262,8 +266,12 @@ class Threads(Lever):
 class Compile(Lever):
     """Compile the denoiser with torch.compile: its repeated blocks where it has them, else the whole.
 
-    One compilation per shape: prompts are padded and time steps are tensors, so neither compiles again.
+    One compilation per shape: prompts are padded and time steps are tensors, so neither compiles again. `mode`
+    is torch's: `reduce-overhead` records CUDA graphs, `max-autotune` also tries kernels. On CUDA what was
+    compiled is found again by the next process.
     """
+
+    mode: str = "default"
 
     name: ClassVar[str] = "compile"
     stage: ClassVar[int] = 4
@@ -273,6 +281,10 @@ class Compile(Lever):
         """Return why it cannot engage."""
         if target.device.type == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
             return "compile needs a C++ compiler for the CPU: install g++"
+        if self.mode not in COMPILE_MODES:
+            return f"compile: mode is one of {', '.join(COMPILE_MODES)}, got {self.mode!r}"
+        if self.mode == "reduce-overhead" and target.device.type == "cpu":
+            return "compile(mode=reduce-overhead) records CUDA graphs, and the model is on the CPU: leave mode= out"
         return None
 
     def _parts(self, worker: torch.nn.Module) -> list[torch.nn.Module]:
@@ -282,13 +294,19 @@ class Compile(Lever):
 
     def apply(self, target: Target) -> None:
         """Put compiled code before every part; the first call of each shape compiles."""
-        frozen = {"freezing": True} if target.device.type == "cpu" else None  # packs the weights for oneDNN
+        from torch._inductor import list_mode_options
+
+        options = list_mode_options(self.mode) if self.mode != "default" else {}
+        if target.device.type == "cpu":
+            options["freezing"] = True  # packs the weights for oneDNN
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))  # torch's own is /tmp
+        self._allow_shapes()
 
         def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
             from torch._inductor.compile_fx import compile_fx
 
             self.counts["graphs compiled"] += 1
-            run = compile_fx(graph, examples, config_patches=frozen)
+            run = compile_fx(graph, examples, config_patches=options)
 
             def counted(*inputs: Any) -> Any:
                 self.counts["compiled calls"] += 1
@@ -298,6 +316,14 @@ class Compile(Lever):
 
         for part in self._parts(target.worker):
             self.patches.wrap(part, "forward", lambda forward: torch.compile(forward, backend=backend, dynamic=False))
+
+    def _allow_shapes(self) -> None:
+        """Let more shapes compile than torch's few, after which it falls back to eager mode and says nothing."""
+        from torch._dynamo import config
+
+        before = config.recompile_limit
+        config.recompile_limit = max(before, MAX_SHAPES)
+        self.patches.on_undo(lambda: setattr(config, "recompile_limit", before))
 
     def undo(self) -> None:
         """Give the calls back and forget the compiled code, which may hold weights."""

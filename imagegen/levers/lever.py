@@ -20,6 +20,25 @@ from imagegen.families.diffusion import denoiser_of
 ABSENT = object()
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What levers may know of the run that begins.
+
+    Attributes:
+        guided: whether guidance is computed.
+        num_steps: how many steps it will take, as far as is known.
+        guidance: the guidance.
+        scheduler: the run's own scheduler, whose steps are not set yet; None outside a model's run.
+        generators: one for each picture, from which its noise is drawn.
+    """
+
+    guided: bool
+    num_steps: int
+    guidance: float = 1.0
+    scheduler: Any = None
+    generators: tuple[torch.Generator, ...] = ()
+
+
 class Target:
     """The pipeline that levers act on.
 
@@ -122,8 +141,8 @@ class Lever(ABC):
         """Put everything back exactly."""
         self.patches.undo()
 
-    def begin(self, guided: bool, num_steps: int) -> None:  # noqa: B027  most levers have nothing to do here
-        """A run begins in this thread: `guided` says whether guidance is computed."""
+    def begin(self, run: RunFacts) -> None:  # noqa: B027  most levers have nothing to do here
+        """A run begins in this thread."""
 
     def advance(self, index: int, num_steps: int) -> None:  # noqa: B027  most levers have nothing to do here
         """Step `index` of `num_steps` is done; `num_steps` is exact from here on."""

@@ -4,6 +4,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -164,6 +165,40 @@ class _NeedsGpu(Lever):
         if target.device.type == "cpu":
             return f"{self.name} saves a GPU's memory, and the model is on the CPU: leave it out"
         return None
+
+
+@dataclass
+class TextOffload(_NeedsGpu):
+    """Keep the text encoders in host memory and bring each to the device for its encoding only."""
+
+    name: ClassVar[str] = "text-offload"
+    exact: ClassVar[bool] = True
+    moves_weights: ClassVar[bool] = True
+    conflicts: ClassVar[frozenset[str]] = frozenset({"model-offload"})
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        found = text_encoders(target.pipeline)
+        return super().requires(target) or (None if found else "this pipeline has no text encoder to keep in host memory")
+
+    def apply(self, target: Target) -> None:
+        """Move them out, and back on undo."""
+        for encoder in text_encoders(target.pipeline):
+            device = next(encoder.parameters()).device
+            self.patches.on_undo(partial(encoder.to, device))
+            self.patches.wrap(encoder, "forward", partial(self._around, encoder, device))
+            encoder.to("cpu")
+
+    def _around(self, encoder: torch.nn.Module, device: torch.device, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.counts["encodings with the encoder brought in"] += 1
+            encoder.to(device)
+            try:
+                return compute(*args, **kwargs)
+            finally:
+                encoder.to("cpu")
+
+        return forward
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from imagegen.levers.lever import Lever, Target, map_tensors
+from imagegen.levers.lever import Lever, RunFacts, Target, map_tensors
 from imagegen.request import RequestError
 
 
@@ -54,9 +54,9 @@ class Scheduled(Lever):
         self.histories: dict[Any, list[tuple[int, Any]]] = {}
         self.calls = 0  # of the denoiser within this step: pipelines may call it once for each half of guidance
 
-    def begin(self, guided: bool, num_steps: int) -> None:
+    def begin(self, run: RunFacts) -> None:
         """Forget the last run."""
-        self.index, self.num_steps, self.calls, self.seen = 0, num_steps, 0, 0
+        self.index, self.num_steps, self.calls, self.seen = 0, run.num_steps, 0, 0
         self.histories.clear()
 
     def advance(self, index: int, num_steps: int) -> None:
@@ -65,7 +65,7 @@ class Scheduled(Lever):
 
     def end(self) -> None:
         """Forget this run: nothing of it may reach the next picture, even one that the pipeline makes outside a plan."""
-        self.begin(False, 0)
+        self.begin(RunFacts(False, 0))
 
     def is_due(self) -> bool:
         """Return whether this step is computed in full."""
@@ -189,14 +189,14 @@ class GuidanceCache(Scheduled):
     conflicts: ClassVar[frozenset[str]] = frozenset({"guidance-interval"})
     guided = False
 
-    def begin(self, guided: bool, num_steps: int) -> None:
+    def begin(self, run: RunFacts) -> None:
         """Remember whether there are two halves at all."""
-        super().begin(guided, num_steps)
-        self.guided = guided
+        super().begin(run)
+        self.guided = run.guided
 
     def requires(self, target: Target) -> str | None:
         """Return why it cannot engage: the two halves must be one batch."""
-        return _halves_are_one_batch(self, target) or super().requires(target)
+        return halves_are_one_batch(self, target) or super().requires(target)
 
     def position(self) -> int:
         """Return how many steps reached the denoiser before this one: a step cache may stand in front."""
@@ -243,11 +243,11 @@ class GuidanceInterval(Lever):
         """Return why it cannot engage: the two halves must be one batch."""
         if not 0 <= self.start < self.stop <= 1:
             return f"guidance-interval takes shares of the steps, 0 <= start < stop <= 1, got {self.start} and {self.stop}"
-        return _halves_are_one_batch(self, target)
+        return halves_are_one_batch(self, target)
 
-    def begin(self, guided: bool, num_steps: int) -> None:
+    def begin(self, run: RunFacts) -> None:
         """Start before the first step."""
-        self.guided, self.index, self.num_steps = guided, 0, num_steps
+        self.guided, self.index, self.num_steps = run.guided, 0, run.num_steps
 
     def advance(self, index: int, num_steps: int) -> None:
         """Go to the next step."""
@@ -273,7 +273,8 @@ class GuidanceInterval(Lever):
         self.patches.wrap(target.denoiser, "forward", around)
 
 
-def _halves_are_one_batch(lever: Lever, target: Target) -> str | None:
+def halves_are_one_batch(lever: Lever, target: Target) -> str | None:
+    """Return why a lever cannot act on guidance here; None where both halves are one batch."""
     unet = getattr(target.pipeline, "unet", None)
     if unet is not None and getattr(unet.config, "time_cond_proj_dim", None) is None:  # else guidance is an input
         return None
@@ -316,6 +317,6 @@ class FewerSteps(Lever):
         """Return the steps, and the scheduler where one is named."""
         return {"num_steps": self.num_steps} | ({"scheduler": self.scheduler} if self.scheduler else {})
 
-    def begin(self, guided: bool, num_steps: int) -> None:
+    def begin(self, run: RunFacts) -> None:
         """Count the runs that took this many steps."""
-        self.counts[f"runs of {self.num_steps} steps"] += num_steps == self.num_steps
+        self.counts[f"runs of {self.num_steps} steps"] += run.num_steps == self.num_steps

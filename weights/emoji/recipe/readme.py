@@ -3,6 +3,7 @@
 Everything between `<!-- begin:NAME -->` and `<!-- end:NAME -->` is replaced; nothing else is touched.
 Times are medians of runs that alternate with stock diffusers: let the machine be idle. Needs the
 package installed with its `dev` extra, Chromium, and `evaluation.json` from `evaluate.py`.
+Without arguments everything is measured, in under an hour; `readme.py times floor` writes those parts only.
 """
 
 import argparse
@@ -21,11 +22,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from readme_speed import describe_denoiser, measure_tiers, measure_tuning, table
 from rich.progress import track
 
 import imagegen
 from imagegen.fidelity import max_difference, psnr_db
 from imagegen.measure import machine, versions
+from imagegen.weights import cache_folder
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent
@@ -50,12 +53,6 @@ def fill(file: Path, name: str, text: str) -> None:
     part = file.with_suffix(".part")
     part.write_text(pattern.sub(lambda _: begin + body + end, content))
     os.replace(part, file)
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def spread(times_s: list[float]) -> str:
@@ -209,23 +206,9 @@ def photograph_demo(model: imagegen.Model) -> None:
         demo.close()
 
 
-def main() -> None:
-    """Write everything."""
-    from diffusers import DiffusionPipeline
-
-    model = imagegen.load()
-    stock = DiffusionPipeline.from_pretrained(MODEL)
-    stock.set_progress_bar_config(disable=True)
-    readme, card = ROOT / "README.md", MODEL / "README.md"
+def write_model(model: imagegen.Model, readme: Path, card: Path) -> None:
+    """Write what the evaluation and the trainings found, and the sizes."""
     report = json.loads((HERE / "evaluation.json").read_text())
-    write_pictures(model)
-    photograph_demo(model)
-    here, libraries = machine(), versions()
-    pins = ", ".join(f"{name} {libraries[name]}" for name in ("torch", "diffusers", "transformers"))
-    place = f"{here['cpu']}, {here['cores']} cores, Python {here['python']}, {pins}"
-    fill(readme, "machine", f"{place}; {date.today().isoformat()}; {RUNS} runs each in turn, median (range).\n")
-    fill(readme, "times", measure_times(model, stock))
-    fill(readme, "floor", measure_floor(model))
     for file in (readme, card):
         fill(file, "model", describe_evaluation(report))
     fill(card, "training", describe_training(json.loads((HERE / "training.json").read_text())))
@@ -238,6 +221,40 @@ def main() -> None:
     fill(readme, "size", f"{sum(counts.values()) / 1e6:.0f} M parameters, {size_mb:.0f} MB")
 
 
+def write_times(model: imagegen.Model, readme: Path) -> None:
+    """Measure in turn with stock diffusers, and say on what machine."""
+    from diffusers import DiffusionPipeline
+
+    stock = DiffusionPipeline.from_pretrained(MODEL)
+    stock.set_progress_bar_config(disable=True)
+    here, libraries = machine(), versions()
+    pins = ", ".join(f"{name} {libraries[name]}" for name in ("torch", "diffusers", "transformers"))
+    place = f"{here['cpu']}, {here['cores']} cores, Python {here['python']}, {pins}"
+    fill(readme, "machine", f"{place}; {date.today().isoformat()}; {RUNS} runs each in turn, median (range).\n")
+    fill(readme, "times", measure_times(model, stock))
+
+
+PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {
+    "pictures": lambda model, readme, card: write_pictures(model),
+    "demo": lambda model, readme, card: photograph_demo(model),
+    "times": lambda model, readme, card: write_times(model, readme),
+    "floor": lambda model, readme, card: fill(readme, "floor", measure_floor(model)),
+    "tiers": lambda model, readme, card: fill(readme, "tiers", measure_tiers(model)),
+    "tuning": lambda model, readme, card: fill(readme, "tuning", measure_tuning(model)),
+    "denoiser": lambda model, readme, card: fill(readme, "denoiser", describe_denoiser(cache_folder() / "bench-readme")),
+    "model": write_model,
+}
+
+
+def main(parts: list[str] | str) -> None:
+    """Write these parts, or `all`."""
+    model = imagegen.load()
+    for part in PARTS if "all" in parts else parts:
+        print(part, flush=True)
+        PARTS[part](model, ROOT / "README.md", MODEL / "README.md")
+
+
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, "all"], default="all", help="what to write")
+    main(parser.parse_args().parts)

@@ -1,0 +1,115 @@
+"""What every command shares: its options, its way to print, warn, show progress and load a model."""
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from imagegen.profile import finite
+from imagegen.request import RequestError
+
+if TYPE_CHECKING:
+    from imagegen.model import Model
+
+app = typer.Typer(
+    name="imagegen",
+    help="Text-to-image in one line, with proof that it is still the same picture.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelOption = Annotated[str, typer.Option("--model", help="emoji (embedded) or the folder of a diffusers model.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; default: CUDA where there is one.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the model's own.")]
+PlanOption = Annotated[
+    str, typer.Option("--plan", help="exact, balanced, fast, a profile.json of imagegen tune, or levers joined by +.")
+]
+PlansOption = Annotated[list[str], typer.Option("--plan", help="As for generate; give it again for another plan.")]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's own.")]
+GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="1 is off; default: the model's own.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+
+
+class CheckFailed(Exception):
+    """A check said no: exit code 1."""
+
+
+def print_json(data: object) -> None:
+    """Print one JSON object; numbers that JSON lacks become null."""
+    print(json.dumps(finite(data), ensure_ascii=False, indent=2))
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Show imagegen's own warnings as one line on stderr each, and no others."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        if "imagegen" in warning.filename or str(warning.message).startswith("the prompt"):
+            print(f"imagegen: {warning.message}", file=sys.stderr)
+
+
+def load_model(model: str, device: str | None, dtype: str | None, plan: str, memory_gib: float | None = None) -> "Model":
+    """Load a model; what libraries warn of at their import is not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries' own, at import
+        from imagegen.model import load
+
+        return load(model, device=device, dtype=dtype, plan=plan, memory_gib=memory_gib)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Any]:
+    """Show long work on stderr: a bar on a terminal, else a line for each kind of work."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console, last = Console(stderr=True), [""]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            if not console.is_terminal and what != last[0]:
+                print(f"imagegen: {what}", file=sys.stderr, flush=True)
+            last[0] = what
+            progress.update(task, description=what[:60], completed=done, total=total)
+
+        yield tell
+
+
+def print_section(title: str, values: dict[str, Any]) -> None:
+    """Print values under a title; those that say nothing are left out."""
+    print(title)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            print(f"  {name}:")
+            for inner, detail in value.items():
+                print(f"    {inner}: {detail}")
+        elif value not in (None, "", [], False):
+            print(f"  {name}: {value}")
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before the work whether pictures can be written there.
+
+    Raises:
+        RequestError: they cannot.
+    """
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RequestError(f"cannot write into {str(folder)!r}: {error.strerror}; choose another --out") from None
