@@ -17,7 +17,7 @@ import torch
 from imagegen.families.diffusion import quiet
 from imagegen.levers.lever import Lever, Target, map_tensors, weights_stamp
 
-PRECISIONS = frozenset({"bf16", "fp16", "int8-dynamic", "int8-weight-only", "fp8"})
+PRECISIONS = frozenset({"bf16", "fp16", "int8-dynamic", "int8-weight-only", "int8-fused", "fp8"})
 
 
 def has_fast_bf16(device: torch.device) -> bool:
