@@ -20,6 +20,7 @@ ORDER = [
     "measure",
     "sampling",
     "fidelity",
+    "kernels",
     "families",
     "levers",
     "speed",

@@ -1,7 +1,9 @@
 """Every lever proves that it engaged, counts right, is undone exactly, and leaves nothing behind for the next picture."""
 
+import copy
 import itertools
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from diffusers import AutoencoderTiny
 from tiny import ONE_BLOCK, FluxBench, ModelBench, make_unet
 
 from imagegen.catalog import embedded_folder
-from imagegen.levers import LEVERS, Lever, Target, blocks, compute, steps
+from imagegen.levers import LEVERS, Lever, Target, blocks, compute, kernels, steps
 from imagegen.levers.lever import Patches, RunFacts
 from imagegen.request import PlanError
 from imagegen.speed import AppliedPlan, Plan, find_plan, make_lever
@@ -67,6 +69,12 @@ def exact_afterwards(benches):
         bench.set_plan("exact")
 
 
+@pytest.fixture
+def kernels_allowed(monkeypatch):
+    """Let the levers of our own kernels engage without CUDA: the ops compute by torch there."""
+    monkeypatch.setattr(kernels, "why_not", lambda needed, device: None)
+
+
 def linears(bench):
     found = (module for module in bench.denoiser.modules() if isinstance(module, torch.nn.Linear))
     return sum(min(module.in_features, module.out_features) >= 32 for module in found)
@@ -77,6 +85,21 @@ def convolutions(bench):
     return sum(module.kernel_size != (1, 1) for module in found)
 
 
+def norms(bench, num_steps):
+    """Return how often a norm with SiLU behind it and a norm alone are computed for a picture."""
+    found = Counter()
+    for part, calls in ((bench.denoiser, num_steps), (bench.pipeline.vae.decoder, 1)):
+        for name, module in part.named_modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                found["resnets" in name or name.endswith("conv_norm_out")] += calls
+    return found
+
+
+def int8_layers(bench):
+    found = [name for name, module in bench.denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
+    return len([name for name in found if not any(part in name for part in ("time_embedding", "time_emb_proj", "add_embedding"))])
+
+
 # bench, plan, what to draw, and what the report must say, from counts made without the lever
 CASES = {
     "threads": ("emoji", "threads(count=2)", {}, "1 runs on 2 threads instead of 1"),
@@ -84,6 +107,13 @@ CASES = {
     "int8-dynamic": ("emoji", "int8-dynamic", {"num_steps": 4}, "{linears} layers quantised, 4 denoiser calls"),
     "int8-weight-only": ("emoji", "int8-weight-only", {"num_steps": 4}, "{linears} layers quantised, 4 denoiser calls"),
     "channels-last": ("emoji", "channels-last", {"num_steps": 4}, "{convolutions} weights laid out, 4 denoiser calls"),
+    "int8-fused": (
+        "emoji",
+        "int8-fused(min_features=32)",
+        {"num_steps": 4},
+        "{int8_layers} layers quantised, 4 denoiser calls",
+    ),
+    "fused-norm": ("emoji", "fused-norm", {"num_steps": 4}, "{silu} norms with SiLU computed, {alone} norms computed"),
     "prompt-cache": ("emoji", "prompt-cache", {"num_steps": 2}, ""),
     "decode-slicing": ("emoji", "decode-slicing", {"num_images": 2, "num_steps": 2}, "1 batches decoded, 2 decoder calls"),
     "decode-tiling": ("emoji", "decode-tiling(tile_px=64)", {"size": 96, "num_steps": 2}, "1 batches decoded, 4 decoder calls"),
@@ -115,11 +145,13 @@ def prepare(name, benches, folder):
     kind, plan, settings, did = CASES[name]
     bench = benches[kind]
     plan = plan.replace("{folder}", repr(str(folder)))
-    return bench, plan, settings, did.format(linears=linears(bench), convolutions=convolutions(bench))
+    counts = {"linears": linears(bench), "convolutions": convolutions(bench), "int8_layers": int8_layers(bench)}
+    silu = norms(bench, settings.get("num_steps") or 0)
+    return bench, plan, settings, did.format(**counts, silu=silu[True], alone=silu[False])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_engages_with_the_right_counts_and_is_undone_exactly(benches, tiny_decoder, name):
+def test_engages_with_the_right_counts_and_is_undone_exactly(benches, tiny_decoder, kernels_allowed, name):
     bench, plan, settings, did = prepare(name, benches, tiny_decoder)
     before, kept = bench.draw(**settings), bench.snapshot()
     bench.set_plan(plan)
@@ -134,7 +166,7 @@ def test_engages_with_the_right_counts_and_is_undone_exactly(benches, tiny_decod
     assert during.std() > 0 and np.isfinite(during).all()
     if LEVERS[name].exact:
         assert abs(during - before).max() <= 2
-    elif name not in ("channels-last", "openvino", "attention", "decode-tiling", "fewer-steps"):
+    elif name not in ("channels-last", "openvino", "attention", "decode-tiling", "fewer-steps", "fused-norm"):
         assert (during != before).any(), "it changed nothing"
     bench.set_plan("exact")
     assert bench.snapshot() == kept
@@ -142,7 +174,7 @@ def test_engages_with_the_right_counts_and_is_undone_exactly(benches, tiny_decod
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_lever_that_does_nothing_is_not_engaged(benches, tiny_decoder, name, monkeypatch):
+def test_a_lever_that_does_nothing_is_not_engaged(benches, tiny_decoder, kernels_allowed, name, monkeypatch):
     bench, plan, settings, _ = prepare(name, benches, tiny_decoder)
     method, nothing = MUTATIONS.get(name, ("apply", lambda self, target: None))
     monkeypatch.setattr(LEVERS[name], method, nothing)
@@ -189,6 +221,9 @@ def test_every_lever_has_its_case():
         ("tiny-decoder(folder=/nowhere)", "needs the folder"),
         ("openvino(precision=f8)", "f32 or bf16"),
         ("int8-dynamic(min_features=100000)", "none of 100000 features"),
+        ("int8-fused(min_features=32)", "need a CUDA device, and the model is on cpu; use int8-dynamic"),
+        ("int8-fused", "none of 512 features"),
+        ("fused-norm", "need a CUDA device, and the model is on cpu; leave it out"),
     ],
 )
 def test_what_cannot_engage_says_the_way_out(unet, plan, way_out):
@@ -393,8 +428,11 @@ def test_the_pipeline_alone_is_stock_between_runs(model, plan):
 # Weights that change.
 
 
-@pytest.mark.parametrize("plan", ["int8-dynamic", "int8-weight-only", "channels-last", "openvino"])
-def test_the_picture_follows_the_weights(model, unet, plan):
+@pytest.mark.parametrize(
+    "plan",
+    ["int8-dynamic", "int8-weight-only", "int8-fused(min_features=32)", "fused-norm", "channels-last", "openvino"],
+)
+def test_the_picture_follows_the_weights(model, unet, kernels_allowed, plan):
     unet = make_unet(model, **ONE_BLOCK) if plan == "openvino" else unet  # the other takes long to trace
     weight = unet.denoiser.conv_in.weight
     kept = weight.detach().clone()
@@ -418,10 +456,11 @@ def test_the_picture_follows_the_weights(model, unet, plan):
     assert np.median(followed) <= (4 if plan.startswith("int8") else 0)
 
 
-def test_the_picture_follows_a_lora_as_it_is_switched_scaled_and_fused(model):
+@pytest.mark.parametrize("plan", ["int8-weight-only", "int8-fused(min_features=32)"])
+def test_the_picture_follows_a_lora_as_it_is_switched_scaled_and_fused(model, kernels_allowed, plan):
     """None of these counts as a change of a weight in torch."""
     bench = make_unet(model)
-    bench.set_plan("int8-weight-only")
+    bench.set_plan(plan)
     without = bench.draw(num_steps=3)
     bench.add_lora()
     whole = bench.draw(num_steps=3)
@@ -436,7 +475,7 @@ def test_the_picture_follows_a_lora_as_it_is_switched_scaled_and_fused(model):
     bench.denoiser.fuse_lora()
     fused = bench.draw(num_steps=3)
     bench.set_plan("exact")
-    bench.set_plan("int8-weight-only")
+    bench.set_plan(plan)
     np.testing.assert_array_equal(fused, bench.draw(num_steps=3))
 
 
@@ -582,6 +621,141 @@ def test_compile_needs_a_compiler(unet, monkeypatch):
     monkeypatch.setattr(compute.shutil, "which", lambda name: None)
     with pytest.raises(PlanError, match="install g"):
         unet.set_plan("compile")
+
+
+# Our own kernels, computed by torch here: the wiring is what these show. `test_kernels` has the kernels.
+
+
+NORM_BOUND = 5e-6  # of a whole network: one norm is within 1e-6, and convolutions add up in another order
+
+
+def denoise(bench):
+    draw = torch.Generator().manual_seed(5)
+    latents = torch.randn(2, 4, 16, 16, generator=draw)
+    with torch.no_grad():
+        return bench.denoiser(latents, torch.tensor(500), torch.randn(2, 77, 384, generator=draw), return_dict=False)[0]
+
+
+def denoise_flux(bench):
+    draw = torch.Generator().manual_seed(5)
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 16, generator=draw),
+        "encoder_hidden_states": torch.randn(1, 8, 32, generator=draw),
+        "pooled_projections": torch.randn(1, 32, generator=draw),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    with torch.no_grad():
+        return bench.denoiser(**inputs, return_dict=False)[0]
+
+
+def decode(bench):
+    with torch.no_grad():
+        return bench.pipeline.vae.decode(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(6))).sample
+
+
+def relative_error(output, wanted):
+    return float((output - wanted).norm() / wanted.norm())
+
+
+def assert_plan_keeps(bench, plan, compute, bound):
+    """Assert that a plan's output is within a relative error of the exact one, and that undoing brings this back."""
+    wanted = compute(bench)
+    bench.set_plan(plan)
+    found = compute(bench)
+    bench.set_plan("exact")
+    assert torch.equal(compute(bench), wanted)
+    print(f"{plan}: relative error {relative_error(found, wanted):.2g}")
+    assert relative_error(found, wanted) < bound
+    return found
+
+
+@pytest.mark.parametrize("compute", [denoise, decode])
+def test_fused_norms_compute_the_same(unet, kernels_allowed, compute):
+    assert_plan_keeps(unet, "fused-norm", compute, NORM_BOUND)
+    assert_plan_keeps(unet, "channels-last + fused-norm", compute, NORM_BOUND)
+
+
+@pytest.mark.parametrize("compute", [denoise, decode])
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        ("norm", lambda x, *settings: x.clone()),
+        ("norm", lambda x, groups, weight, bias, eps, silu: torch.nn.functional.group_norm(x, groups, weight, bias, eps)),
+        ("_pass_on", lambda compute, passed: compute),
+    ],
+    ids=["no norm", "no SiLU", "SiLU twice"],
+)
+def test_wrong_norms_are_found_out(unet, kernels_allowed, monkeypatch, name, mutant, compute):
+    monkeypatch.setattr(kernels, name, mutant)
+    with pytest.raises(AssertionError):
+        assert_plan_keeps(unet, "fused-norm", compute, NORM_BOUND)
+
+
+def test_the_other_inputs_of_an_activation_are_not_passed_on(unet, kernels_allowed, monkeypatch):
+    monkeypatch.setattr(kernels, "_pass_on", lambda compute, passed: lambda x: x)
+    with pytest.raises(AssertionError):  # the embedding of the time step lacks its SiLU
+        assert_plan_keeps(unet, "fused-norm", denoise, NORM_BOUND)
+
+
+def test_norms_before_a_scale_and_shift_are_no_pairs(model, kernels_allowed):
+    bench = make_unet(model, resnet_time_scale_shift="scale_shift")
+    assert_plan_keeps(bench, "fused-norm", denoise, NORM_BOUND)
+
+
+@pytest.mark.parametrize(
+    ("kind", "compute", "epilogues"),
+    [("unet", denoise, {"none", "geglu"}), ("flux", denoise_flux, {"none", "gelu-tanh"})],
+)
+def test_int8_layers_stay_close(benches, kernels_allowed, monkeypatch, kind, compute, epilogues):
+    seen = set()
+    own = kernels.multiply
+    monkeypatch.setattr(kernels, "multiply", lambda *args: seen.add(args[5]) or own(*args))
+    bench = benches[kind]
+    exact = compute(bench)
+    assert not torch.equal(assert_plan_keeps(bench, "int8-fused(min_features=32)", compute, 0.02), exact)
+    assert seen == epilogues
+
+
+def without_epilogue(*args):
+    return own_multiply(*args[:5], "none", None, None, args[8])
+
+
+def without_scales(x, x_scale, *args):
+    return own_multiply(x, torch.ones_like(x_scale), *args)
+
+
+own_multiply = kernels.multiply
+
+
+@pytest.mark.parametrize("mutant", [lambda x, s, w, *_: x.new_zeros(len(x), len(w), dtype=torch.float32), without_epilogue,
+                                    without_scales], ids=["nothing", "no epilogue", "no scales"])  # fmt: skip
+@pytest.mark.parametrize(("kind", "compute"), [("unet", denoise), ("flux", denoise_flux)])
+def test_wrong_int8_layers_are_found_out(benches, kernels_allowed, monkeypatch, kind, compute, mutant):
+    monkeypatch.setattr(kernels, "multiply", mutant)
+    with pytest.raises(AssertionError):
+        assert_plan_keeps(benches[kind], "int8-fused(min_features=32)", compute, 0.02)
+
+
+def test_a_kernel_that_failed_its_check_refuses_the_lever(unet, monkeypatch):
+    monkeypatch.setattr(kernels, "may_run", lambda kernel, device: (kernel.name != "int8_linear", "it computes wrongly"))
+    with pytest.raises(PlanError, match="it computes wrongly; use int8-dynamic"):
+        unet.set_plan("int8-fused(min_features=32)")
+
+
+def test_diffusers_gelu_takes_its_epilogue():
+    from diffusers.models.attention import FeedForward
+
+    torch.manual_seed(0)
+    for activation, approximate in (("gelu", "gelu-erf"), ("gelu-approximate", "gelu-tanh")):
+        stock = torch.nn.Sequential(FeedForward(64, activation_fn=activation)).eval()
+        changed = copy.deepcopy(stock)
+        kernels.Int8Fused(min_features=32).change(changed)
+        assert changed[0].net[0].epilogue == approximate
+        x = torch.randn(3, 5, 64)
+        with torch.no_grad():
+            assert relative_error(changed(x), stock(x)) < 0.05
 
 
 # The parts.

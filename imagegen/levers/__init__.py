@@ -1,6 +1,6 @@
 """The levers by name. Plans put them together (`speed`); each module here holds one kind."""
 
-from imagegen.levers import blocks, compute, graphs, memory, parallel, steps
+from imagegen.levers import blocks, compute, graphs, kernels, memory, parallel, steps
 from imagegen.levers.lever import Lever, RunFacts, Target
 
 LEVERS: dict[str, type[Lever]] = {
@@ -13,7 +13,9 @@ LEVERS: dict[str, type[Lever]] = {
         compute.Int8Dynamic,
         compute.Int8WeightOnly,
         compute.Fp8,
+        kernels.Int8Fused,
         compute.ChannelsLast,
+        kernels.FusedNorm,
         compute.AttentionBackend,
         compute.Compile,
         compute.OpenVino,

@@ -21,7 +21,7 @@ from imagegen.weights import cache_folder
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 MAX_SHAPES = 64
-PRECISIONS = frozenset({"bf16", "fp16", "int8-dynamic", "int8-weight-only", "fp8"})
+PRECISIONS = frozenset({"bf16", "fp16", "int8-dynamic", "int8-weight-only", "int8-fused", "fp8"})
 
 
 def has_fast_bf16(device: torch.device) -> bool:
