@@ -24,6 +24,8 @@ ORDER = [
     "families",
     "levers",
     "speed",
+    "roofline",
+    "fit",
     "model",
     "reference",
     "reference_set",

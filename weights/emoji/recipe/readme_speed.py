@@ -25,9 +25,10 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def decibels(value: float | None) -> str:
-    """Return a PSNR in words; None and infinity stand for the same pixels."""
-    return "identical" if value is None or value == float("inf") else f"{value:.1f} dB"
+def decibels(value: float | None, mean: float | None = None) -> str:
+    """Return a PSNR in words, with the mean behind it; None and infinity stand for the same pixels."""
+    said = "identical" if value is None or value == float("inf") else f"{value:.1f} dB"
+    return said if mean in (None, float("inf")) else f"{said}, mean {mean:.1f} dB"
 
 
 def describe_profile(profile: Profile) -> str:
@@ -87,7 +88,7 @@ def measure_tiers(model: imagegen.Model) -> str:
         flip = f"{trial.worst('flip'):.3f}" if trial.measured[0].get("flip") is not None else "not measured"
         rows.append(
             (f"`{trial.plan}`", levers, f"{trial.median_s:.3f} s", f"{exact_s / trial.median_s:.2f} ×",
-             "identical" if trial.worst() == float("inf") else f"{decibels(trial.worst())}, mean {decibels(trial.mean())}", ssim, flip)
+             decibels(trial.worst(), trial.mean()), ssim, flip)
         )  # fmt: skip
     head = ("plan", "levers", "a picture", "of `exact`", f"worst PSNR of {len(found.references)}", "worst SSIM", "worst FLIP")
     return table(head, rows)
