@@ -11,6 +11,7 @@ from imagegen.request import DataError, Error, ModelError, PlanError, ReceiptErr
 
 if TYPE_CHECKING:
     from imagegen.comparison import compare
+    from imagegen.finetune import finetune
     from imagegen.model import Model, Step, load
     from imagegen.receipt import Receipt, read_receipt
     from imagegen.reference import Verdict, replay
@@ -32,6 +33,7 @@ _HOME = {
     "Step": "model",
     "Verdict": "reference",
     "compare": "comparison",
+    "finetune": "finetune",
     "import_reference": "reference_set",
     "load": "model",
     "read_receipt": "receipt",
@@ -55,6 +57,7 @@ __all__ = [
     "Step",
     "Verdict",
     "compare",
+    "finetune",
     "import_reference",
     "load",
     "read_receipt",

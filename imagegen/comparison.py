@@ -256,6 +256,9 @@ def compare(
         raise DataError(f"the reference set {str(opened.folder)!r} holds no pictures")
     tell = progress or (lambda *_: None)
     exact = try_plan(model, EXACT, cases)
+    if model.loras:  # the recorded pictures are without them: plans are held against the exact plan's, made now
+        cases = [(request, [image]) for (request, _), image in zip(cases, exact.images, strict=True)]
+        exact.measured = [fidelity.measure_all(image, image) for image in exact.images]
     floor_db = (opened.noise_floor or {}).get("psnr_db") or FLOOR_PSNR_DB
     chosen = [(_find(model, plan), plan) for plan in plans]
     trials = []
@@ -290,6 +293,9 @@ def _notes(opened: ReferenceSet, model: Model, here: dict[str, Any]) -> list[str
     if opened.source != "imagegen":
         return ["the reference comes from elsewhere: its noise, scheduler and precision may differ from these"]
     notes = []
+    if model.loras:
+        names = ", ".join(lora["name"] for lora in model.loras)
+        notes.append(f"with {names}: plans are held against the exact plan's pictures with it, not against the recorded ones")
     if opened.model.get("sha256") != model.hashes:
         notes.append("the reference was recorded from other weights than these")
     for name in ("torch", "diffusers", "device", "dtype"):

@@ -19,14 +19,14 @@ import torch
 from imagegen import profile as profiles
 from imagegen import receipt as receipts
 from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, Family, embedded_folder, family_of
-from imagegen.families import diffusion
+from imagegen.families import adapters, diffusion
 from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
 from imagegen.levers import RunFacts
 from imagegen.measure import environment, machine_of
 from imagegen.request import ModelError, PlanError, Request, RequestError, build_request
 from imagegen.result import Picture, Result
 from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
-from imagegen.weights import hash_weights
+from imagegen.weights import hash_file, hash_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,6 +86,7 @@ class Model:
         folder: where its files are.
         family: what it can make, and its defaults.
         pipeline: the diffusers pipeline, for everything that is not here.
+        loras: those that were added: `name` of the file, its `sha256`, and its `weight`.
         memory: which memory levers a budget chose, or an out-of-memory error added, and why; in words.
     """
 
@@ -95,6 +96,7 @@ class Model:
         self.folder = folder
         self.family = family
         self.pipeline = pipeline
+        self.loras: list[dict[str, Any]] = []
         self._kept: dict[Any, Any] = {}
         self._rung, self.memory = 0, ""
         if memory_gib is not None:
@@ -190,6 +192,30 @@ class Model:
             yield
         finally:
             self.set_plan(before)
+
+    def add_lora(self, path: str | Path, *, weight: float = 1.0) -> None:
+        """Add a LoRA in diffusers', peft's or kohya's layout; several add up.
+
+        Args:
+            path: the .safetensors file, or its folder.
+            weight: its strength; 0 is without it, 1 as it was trained.
+
+        Raises:
+            ModelError: there is no such file, it is no LoRA, or it matches no layer of this model.
+        """
+        if not isinstance(weight, (int, float)) or not abs(weight) < 100:
+            raise ModelError(f"weight must be a number below 100, got {weight!r}")
+        name = f"lora{len(self.loras)}"
+        file = adapters.load_adapter(self.pipeline, Path(path), name)
+        self.loras.append({"name": file.name, "sha256": hash_file(file), "weight": float(weight)})
+        names = [f"lora{number}" for number in range(len(self.loras))]
+        self.pipeline.set_adapters(names, [lora["weight"] for lora in self.loras])
+
+    def remove_loras(self) -> None:
+        """Remove every LoRA; nothing of them is left."""
+        if self.loras:
+            self.pipeline.unload_lora_weights()
+        self.loras.clear()
 
     def find_plan(self, plan: str | Path | Plan) -> Plan:
         """Return the plan that `set_plan` would apply; changes nothing.
@@ -336,7 +362,7 @@ class Model:
                 "sha256": self.hashes,
                 "licence": card.licence if card else None,
             },
-            loras=[],
+            loras=[dict(lora) for lora in self.loras],
             plan={"name": self.plan.name, "levers": self.applied},
             environment=environment(self.device, self.dtype) | {"scheduler": type(self.pipeline.scheduler).__name__},
         )

@@ -82,6 +82,11 @@ def replay(
         if given is not None and not wanted:
             raise ReceiptError(f"{str(picture)!r} was made without {name}=: leave it out")
     used = model or load(receipt.model["source"], device=device, dtype=receipt.environment.get("dtype"))
+    if receipt.loras != used.loras:
+        wanted = ", ".join(f"{lora.get('name')} at {lora.get('weight')}" for lora in receipt.loras) or "no LoRA"
+        raise ReceiptError(
+            f"{str(picture)!r} was made with {wanted}: add just that to the model (add_lora, --lora), and replay again"
+        )
     settings = {name: recorded[name] for name in TAKEN_FROM_RECEIPT if recorded.get(name) is not None} | {"num_images": 1}
     request = build_request(recorded["prompt"], used.family, settings | {"image": image, "mask": mask})
     with used.plan_for_a_while(plan_of(receipt)):

@@ -25,6 +25,12 @@ def list_weights(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
 
 
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def hash_weights(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every weight file by its path inside the folder.
 
@@ -38,8 +44,7 @@ def hash_weights(folder: Path) -> dict[str, str]:
             facts = path.stat()
             key = f"{path.resolve()}|{facts.st_size}|{facts.st_mtime_ns}"
             if key not in remembered:
-                with path.open("rb") as file:
-                    remembered[key] = hashlib.file_digest(file, "sha256").hexdigest()
+                remembered[key] = hash_file(path)
                 fresh = True
         except OSError as error:
             raise ModelError(f"cannot read the weights {str(path)!r}: {error.strerror}") from None

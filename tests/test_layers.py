@@ -32,6 +32,7 @@ ORDER = [
     "comparison",
     "tuner",
     "bench",
+    "finetune",
     "studio",
     "startup",
     "cli",

@@ -14,8 +14,10 @@ from imagegen.cli.shell import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LoraOption,
     ModelOption,
     PlanOption,
+    add_loras,
     app,
     check_writable,
     load_model,
@@ -52,6 +54,7 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of --image is repainted, above 0 to 1.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Repaint only where this picture is white.")] = None,
+    lora: LoraOption = None,
     out: Annotated[Path, typer.Option(help="Where to write the pictures.")] = Path(),
     model: ModelOption = EMBEDDED,
     device: DeviceOption = None,
@@ -69,8 +72,10 @@ def generate(
     width, height = _parse_size(size)
     check_writable(out)
     with warnings_as_lines():
-        with imports_for_one_picture() if plan == "exact" and memory_gib is None else contextlib.nullcontext():
+        quick = plan == "exact" and memory_gib is None and not lora
+        with imports_for_one_picture() if quick else contextlib.nullcontext():
             loaded = load_model(model, device, dtype, plan, memory_gib)
+        add_loras(loaded, lora)
         written, elapsed_s = [], 0.0
         for prompt in prompts:
             result = _follow(
@@ -119,6 +124,7 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG made by imagegen.")],
     image: Annotated[Path | None, typer.Option(help="The picture it was made from, for image-to-image.")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask it was made with, for inpainting.")] = None,
+    lora: LoraOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -132,8 +138,9 @@ def replay(
         from imagegen.receipt import open_picture
 
         _, receipt = open_picture(picture)  # a file without a receipt is refused before any model is loaded
-        with contextlib.nullcontext() if receipt.plan.get("levers") else imports_for_one_picture():
+        with contextlib.nullcontext() if receipt.plan.get("levers") or lora else imports_for_one_picture():
             loaded = load_model(receipt.model["source"], device, receipt.environment.get("dtype"), "exact")
+        add_loras(loaded, lora)
         from imagegen.reference import replay as replay_picture
 
         verdict = replay_picture(picture, image=image, mask=mask, model=loaded)

@@ -13,9 +13,11 @@ from imagegen.cli.shell import (
     DtypeOption,
     GuidanceOption,
     JsonOption,
+    LoraOption,
     ModelOption,
     PlansOption,
     StepsOption,
+    add_loras,
     app,
     check_writable,
     load_model,
@@ -23,7 +25,6 @@ from imagegen.cli.shell import (
     progress,
     warnings_as_lines,
 )
-from imagegen.request import RequestError
 
 
 @app.command()
@@ -70,7 +71,7 @@ def _decibels(value: float | None) -> str:
 def compare(
     folder: Annotated[Path, typer.Argument(help="A reference set.")],
     plans: PlansOption = ["exact"],  # noqa: B006  Typer wants a list
-    lora: Annotated[list[str] | None, typer.Option(help="Not in this version.", hidden=True)] = None,
+    lora: LoraOption = None,
     min_psnr: Annotated[
         float | None, typer.Option(help="The PSNR in dB that every picture has to reach; default: each tier's own.")
     ] = None,
@@ -87,10 +88,9 @@ def compare(
     --json: {"reference", "environment", "notes", "holds", "budget_psnr_db", "plans": [{"plan", "verdict", "n", "median_s",
     "fidelity": {metric: {"worst", "mean"}} (PSNR null: identical), "levers", "blame"}]}
     """
-    if lora:
-        raise RequestError("--lora is not in this version yet")
     with warnings_as_lines(), progress() as tell:
         loaded = load_model(model, device, dtype, "exact")
+        add_loras(loaded, lora)
         from imagegen.comparison import compare as compare_plans
 
         found = compare_plans(folder, loaded, plans, min_psnr_db=min_psnr, progress=tell)

@@ -33,6 +33,7 @@ PlanOption = Annotated[
     str, typer.Option("--plan", help="exact, balanced, fast, a profile.json of imagegen tune, or levers joined by +.")
 ]
 PlansOption = Annotated[list[str], typer.Option("--plan", help="As for generate; give it again for another plan.")]
+LoraOption = Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:WEIGHT, a LoRA to add; again for another.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's own.")]
 GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="1 is off; default: the model's own.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
@@ -40,6 +41,24 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON
 
 class CheckFailed(Exception):
     """A check said no: exit code 1."""
+
+
+def add_loras(model: "Model", given: list[str] | None) -> None:
+    """Add the LoRAs of `--lora FILE[:WEIGHT]`.
+
+    Raises:
+        RequestError: a weight is no number.
+        ModelError: a file is no LoRA for this model.
+    """
+    for text in given or ():
+        path, _, weight = text.rpartition(":")
+        if not path or Path(text).exists():
+            path, weight = text, "1"
+        try:
+            strength = float(weight)
+        except ValueError:
+            raise RequestError(f"--lora must be FILE or FILE:WEIGHT, got {text!r}") from None
+        model.add_lora(path, weight=strength)
 
 
 def print_json(data: object) -> None:

@@ -1,0 +1,79 @@
+"""Commands that train: finetune."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from imagegen.catalog import EMBEDDED
+from imagegen.cli.shell import DeviceOption, DtypeOption, JsonOption, ModelOption, app, check_writable, load_model, print_json
+
+
+@app.command()
+def finetune(
+    data: Annotated[Path, typer.Argument(help="A folder of pictures with captions: metadata.jsonl, or NAME.txt beside each.")],
+    out: Annotated[Path, typer.Option(help="Gets the weights, checkpoints/ and cache/.")],
+    method: Annotated[str, typer.Option(help="lora, or full for every weight of the denoiser.")] = "lora",
+    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures of a step, over all processes.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Parts in which a step's batch is computed, to save memory.")] = 1,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-4 for a LoRA, 1e-5 for all weights.")] = None,
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
+    dora: Annotated[bool, typer.Option("--dora", help="Learn magnitudes too.")] = False,
+    convolutions: Annotated[bool, typer.Option("--convolutions", help="Put LoRAs on convolutions too.")] = False,
+    ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 is none.")] = 0.0,
+    prior: Annotated[list[str] | None, typer.Option(help="A prompt whose pictures have to stay; again for more.")] = None,
+    prior_pictures: Annotated[int, typer.Option(help="Pictures of those prompts to train on.")] = 20,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    model: ModelOption = EMBEDDED,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a model on pictures with captions; killed at any moment, --resume goes on as if nothing had happened.
+
+    Example: imagegen finetune photos --out my-style --steps 300 --rank 8
+
+    --json: {"weights", "num_steps", "loss", "notes": [...]}
+    """
+    from imagegen.finetune.data import read_dataset
+
+    checked = read_dataset(data)  # before the model is loaded
+    check_writable(out)
+    for note in checked.notes:
+        print(f"imagegen: {note}", file=sys.stderr)
+    for generator, files in checked.generated.items():
+        print(f"imagegen: {len(files)} pictures were made by {generator}, {files[0]} first", file=sys.stderr)
+    loaded = load_model(model, device, dtype, "exact")
+    from imagegen.finetune import finetune as train
+
+    made = train(
+        loaded, data, out, method=method, num_steps=steps, seed=seed, batch_size=batch_size, accumulate=accumulate,
+        learning_rate=learning_rate, rank=rank, dora=dora, convolutions=convolutions, ema=ema, save_every=save_every,
+        prior_prompts=tuple(prior or ()), prior_pictures=prior_pictures, resume=resume, progress=_lines(),
+    )  # fmt: skip
+    if as_json:
+        print_json({"weights": str(made.weights), "num_steps": made.num_steps, "loss": made.loss, "notes": list(made.notes)})
+    else:
+        print(made.weights)
+
+
+def _lines(every_s: float = 1.0) -> Any:
+    """Return what shows progress as lines on stderr, a second apart at least: 'step/total' first, then the time left."""
+    began: dict[str, tuple[float, int]] = {}
+    last = [0.0]
+
+    def tell(what: str, done: int, total: int) -> None:
+        kind, now = what.split(",")[0], time.monotonic()
+        first_s, first_done = began.setdefault(kind, (now, done))
+        if done < total and now - last[0] < every_s:
+            return
+        last[0] = now
+        pace_s = (now - first_s) / max(1, done - first_done)
+        print(f"imagegen: {done}/{total} {what}, {pace_s * (total - done):.0f} s left", file=sys.stderr, flush=True)
+
+    return tell

@@ -1,0 +1,89 @@
+"""Latents and text embeddings, computed once: training then never runs the autoencoder or the text encoder again.
+
+Each is a file of its own, named by a hash of what it was computed from, written beside its place and moved in;
+a killed run finds what is there and computes the rest.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from imagegen.finetune.data import Item, find_bucket, fit_to_bucket, open_rgb
+
+FOLDER = "cache"
+
+
+class Cache:
+    """Encoded pictures and captions of one model, on disk."""
+
+    def __init__(self, out: Path, pipeline: Any, hashes: dict[str, str], buckets: list[tuple[int, int]]) -> None:
+        """Compute nothing yet.
+
+        Args:
+            out: the training's folder.
+            pipeline: encodes; needed only for what is not there.
+            hashes: of the model's weight files.
+            buckets: the sizes that pictures are brought to.
+        """
+        self.folder, self.pipeline, self.buckets = out / FOLDER, pipeline, buckets
+        parts = {name: digest for name, digest in sorted(hashes.items()) if not name.startswith(("unet", "transformer"))}
+        self.model = sha256(repr(parts).encode()).hexdigest()
+
+    def _path(self, kind: str, *facts: Any) -> Path:
+        digest = sha256("\0".join(map(str, (kind, self.model, *facts))).encode()).hexdigest()
+        return self.folder / f"{kind}-{digest[:32]}.safetensors"
+
+    def latents(self, item: Item) -> torch.Tensor:
+        """Return the mean and spread of a picture's latents, (2C, h, w) float32, scaled as the denoiser wants them."""
+        bucket = find_bucket(item.size, self.buckets)
+        return self._find(self._path("latents", item.sha256, bucket), lambda: self._encode_picture(item, bucket))
+
+    def text(self, caption: str) -> torch.Tensor:
+        """Return a caption's embedding, (n, d) float32."""
+        return self._find(self._path("text", caption), lambda: self._encode_text(caption))
+
+    def fill(self, items: Iterable[Item], captions: Iterable[str], tell: Callable[[str, int, int], Any]) -> None:
+        """Compute what is missing."""
+        pictures, texts = list(items), sorted(set(captions))
+        for number, item in enumerate(pictures, 1):
+            self.latents(item)
+            tell("encoding pictures", number, len(pictures))
+        for number, caption in enumerate(texts, 1):
+            self.text(caption)
+            tell("encoding captions", number, len(texts))
+
+    def _find(self, path: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        try:
+            return load_file(path)["value"]
+        except (OSError, SafetensorError, KeyError):  # not there, or damaged
+            value = compute().float().contiguous().cpu()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")
+            save_file({"value": value}, part)
+            os.replace(part, path)
+            return value
+
+    @torch.no_grad()
+    def _encode_picture(self, item: Item, bucket: tuple[int, int]) -> torch.Tensor:
+        vae = self.pipeline.vae
+        picture = fit_to_bucket(open_rgb(item), bucket)
+        pixels = self.pipeline.image_processor.preprocess(picture).to(vae.device, vae.dtype)
+        found = vae.encode(pixels).latent_dist
+        shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+        return torch.cat([(found.mean - shift) * scale, found.std * scale], dim=1)[0]
+
+    @torch.no_grad()
+    def _encode_text(self, caption: str) -> torch.Tensor:
+        return self.pipeline.encode_prompt(caption, self.pipeline.device, 1, False)[0][0]
+
+
+def draw_latents(kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw latents from their mean and spread: (2C, h, w) to (C, h, w)."""
+    mean, spread = kept.chunk(2)
+    return mean + spread * torch.randn(mean.shape, generator=generator)

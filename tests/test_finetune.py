@@ -1,0 +1,241 @@
+"""Training: its result is a function of data, model, settings and seed, whatever kills it on the way."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image, ImageDraw
+
+import imagegen
+from imagegen import DataError, ModelError, cli
+from imagegen.families import adapters
+from imagegen.finetune.checkpoint import list_checkpoints, save_checkpoint
+from imagegen.finetune.loop import Example, Schedule, batch_of, batches, seeded
+from imagegen.finetune.objective import objective_of
+
+SETTINGS = {"num_steps": 6, "batch_size": 2, "rank": 2, "save_every": 2, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five pictures of a shape that the embedded model does not know."""
+    place = tmp_path_factory.mktemp("data")
+    for number in range(5):
+        picture = Image.new("RGB", (128, 128 if number < 3 else 96), "white")
+        ImageDraw.Draw(picture).polygon([(20 + number, 20), (100, 30), (60, 90)], fill=(200, 40 * number, 90))
+        picture.save(place / f"{number}.png")
+        (place / f"{number}.txt").write_text(f"a zorp number {number}")
+    return place
+
+
+def digest(path):
+    return sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def trained(model, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    before = model("a red apple", seed=1, num_steps=2).images[0]
+    parts = sorted(model.pipeline.unet.state_dict())
+    result = imagegen.finetune(model, folder, out, **SETTINGS)
+    assert sorted(model.pipeline.unet.state_dict()) == parts
+    assert model("a red apple", seed=1, num_steps=2).images[0] == before, "the model stays as it was"
+    return result
+
+
+def test_the_same_again_is_the_same_file(model, folder, trained, tmp_path):
+    again = imagegen.finetune(model, folder, tmp_path, **SETTINGS)
+    assert digest(again.weights) == digest(trained.weights) and again.num_steps == 6
+    other = imagegen.finetune(model, folder, tmp_path / "other", **SETTINGS | {"seed": 4})
+    assert digest(other.weights) != digest(trained.weights)
+
+
+def test_training_in_two_goes_is_training_in_one(model, folder, trained, tmp_path):
+    imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"num_steps": 4})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+    resumed = imagegen.finetune(model, folder, tmp_path, **SETTINGS, resume=True)
+    assert digest(resumed.weights) == digest(trained.weights)
+
+
+def test_a_resume_with_nothing_saved_starts_afresh(model, folder, trained, tmp_path):
+    assert digest(imagegen.finetune(model, folder, tmp_path, **SETTINGS, resume=True).weights) == digest(trained.weights)
+
+
+@pytest.mark.parametrize(("change", "says"), [({"rank": 3}, "rank was 2, now 3"), ({"seed": 9}, "seed was 3, now 9")])
+def test_a_resume_of_another_training_says_what_differs(model, folder, trained, change, says):
+    with pytest.raises(DataError, match=says):
+        imagegen.finetune(model, folder, trained.folder, **SETTINGS | change, resume=True)
+
+
+def test_a_folder_with_a_training_is_not_begun_anew(model, folder, trained):
+    with pytest.raises(DataError, match="resume it"):
+        imagegen.finetune(model, folder, trained.folder, **SETTINGS)
+
+
+def test_the_loss_falls(model, folder, tmp_path):
+    losses = []
+    settings = {"num_steps": 60, "batch_size": 4, "rank": 8, "learning_rate": 2e-3, "save_every": 60}
+    told = lambda what, done, total: losses.append(float(what.split()[2].rstrip(","))) if what.startswith("step") else None  # noqa: E731
+    imagegen.finetune(model, folder, tmp_path, **settings, progress=told)
+    assert len(losses) == 60 and np.mean(losses[-15:]) < 0.8 * np.mean(losses[:15])
+
+
+def test_full_training_changes_every_part_and_gives_the_model_back(model, folder, tmp_path):
+    before = {name: value.clone() for name, value in model.pipeline.unet.state_dict().items()}
+    result = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"method": "full", "num_steps": 2})
+    after = model.pipeline.unet.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    from diffusers import UNet2DConditionModel
+
+    made = UNet2DConditionModel.from_pretrained(tmp_path)
+    changed = [name for name, value in made.state_dict().items() if not torch.equal(value, before[name])]
+    assert len(changed) > 0.9 * len(before) and result.weights.parent == tmp_path
+
+
+def test_stock_diffusers_loads_it_and_draws_our_picture(model, stock, trained):
+    model.add_lora(trained.weights, weight=0.7)
+    try:
+        mine = model("a zorp number 1", seed=5, num_steps=4)
+        assert mine.pictures[0].receipt.loras[0]["weight"] == 0.7
+        assert mine.pictures[0].receipt.loras[0]["sha256"] == digest(trained.weights)
+    finally:
+        model.remove_loras()
+    mine.save(trained.folder / "made")
+    made = next((trained.folder / "made").glob("*.png"))
+    with pytest.raises(imagegen.ReceiptError, match="made with pytorch_lora_weights.safetensors at 0.7"):
+        imagegen.replay(made, model=model)
+    arguments = ["replay", str(made), "--lora", f"{trained.weights}:0.7"]
+    assert cli.run(arguments) == 0
+    stock.load_lora_weights(str(trained.folder), adapter_name="style")
+    stock.set_adapters("style", 0.7)
+    try:
+        generator = torch.Generator("cpu").manual_seed(5)
+        theirs = stock("a zorp number 1", num_inference_steps=4, guidance_scale=4.0, generator=generator).images[0]
+    finally:
+        stock.unload_lora_weights()
+    assert mine.images[0] == theirs
+    assert model("a zorp number 1", seed=5, num_steps=4).images[0] != theirs
+
+
+def test_the_file_holds_its_facts_and_nothing_of_the_machine(trained):
+    from safetensors import safe_open
+
+    with safe_open(trained.weights, "pt") as file:
+        metadata = file.metadata()
+    facts = json.loads(metadata["imagegen"])
+    assert facts["num_steps"] == 6 and len(facts["data_sha256"]) == 64 and facts["family"] == "emoji"
+    assert str(trained.folder) not in json.dumps(metadata)
+
+
+def test_a_lora_that_matches_nothing_is_an_error(model, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(
+        {"unet.nothing.here.lora_A.weight": torch.zeros(2, 4), "unet.nothing.here.lora_B.weight": torch.zeros(4, 2)},
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(ModelError, match=r"matches no layer|does not fit"):
+        model.add_lora(tmp_path / "x.safetensors")
+    save_file({"unet.conv_in.weight": torch.zeros(2, 4)}, tmp_path / "y.safetensors")
+    with pytest.raises(ModelError, match="is no LoRA"):
+        model.add_lora(tmp_path / "y.safetensors")
+    (tmp_path / "z.safetensors").write_text("<html>")
+    with pytest.raises(ModelError, match="no safetensors file that can be read"):
+        model.add_lora(tmp_path / "z.safetensors")
+    with pytest.raises(ModelError, match="no LoRA"):
+        model.add_lora(tmp_path / "none.safetensors")
+
+
+def test_batches_are_of_one_shape_and_every_picture_comes():
+    examples = [Example(torch.zeros(1), torch.zeros(1), 1.0, (number % 2,)) for number in range(7)]
+    for epoch in range(3):
+        made = list(batches(examples, 2, 0, epoch))
+        assert {index for batch in made for index in batch} == set(range(7))
+        assert all(len(batch) == 2 and len({examples[index].group for index in batch}) == 1 for batch in made)
+    schedule = Schedule(10, batch_size=2)
+    assert [batch_of(examples, schedule, step) for step in range(4)] == list(batches(examples, 2, 0, 0))
+
+
+def test_draws_are_functions_of_what_is_given():
+    assert torch.randn(3, generator=seeded(1, "a")).equal(torch.randn(3, generator=seeded(1, "a")))
+    assert not torch.randn(3, generator=seeded(1, "a")).equal(torch.randn(3, generator=seeded(2, "a")))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_objectives_are_the_schedulers_own(kind):
+    scheduler = DDPMScheduler(prediction_type=kind)
+    clean = torch.randn(3, 4, 8, 8)
+    noised = objective_of(scheduler).noise(clean, [seeded(number) for number in range(3)])
+    noise = torch.stack([torch.randn(4, 8, 8, generator=seeded(number)) for number in range(3)])
+    assert torch.allclose(noised.latents, scheduler.add_noise(clean, noise, noised.times), atol=1e-6)
+    expected = noise if kind == "epsilon" else scheduler.get_velocity(clean, noise, noised.times)
+    assert torch.allclose(noised.target, expected, atol=1e-6)
+    capped = objective_of(scheduler, min_snr=5.0).noise(clean, [seeded(number) for number in range(3)])
+    ratio = scheduler.alphas_cumprod[noised.times] / (1 - scheduler.alphas_cumprod[noised.times])
+    assert torch.allclose(capped.weights, ratio.clamp(max=5) / (ratio if kind == "epsilon" else ratio + 1))
+
+
+def test_flow_matching_goes_straight(model):
+    clean = torch.randn(2, 4, 8, 8)
+    noised = objective_of(model.pipeline.scheduler).noise(clean, [seeded(1), seeded(2)])
+    share = (noised.times / 1000).reshape(-1, 1, 1, 1)
+    assert torch.allclose(noised.latents - share * noised.target, clean, atol=1e-5)
+    with pytest.raises(DataError, match="flow matching"):
+        objective_of(model.pipeline.scheduler, min_snr=5.0)
+
+
+def test_wrong_settings(model, folder, tmp_path):
+    for wrong in ({"method": "magic"}, {"num_steps": 0}, {"ema": 1.0}, {"rank": 0}, {"learning_rate": -1.0}, {"accumulate": 3}):
+        with pytest.raises(DataError):
+            imagegen.finetune(model, folder, tmp_path, **SETTINGS | wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"weights": [torch.ones(2)]}, {"a": 1})
+    monkeypatch.setattr(torch, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_checkpoint(tmp_path, 2, {}, {"a": 1})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+
+
+def test_compare_with_a_lora_holds_plans_against_its_own_pictures(model, trained, tmp_path):
+    imagegen.record_reference(model, ["a red apple", "a zorp number 1"], tmp_path / "set", num_steps=4)
+    model.add_lora(trained.weights)
+    try:
+        found = imagegen.compare(tmp_path / "set", model, ["exact", "step-cache(warmup=1)"])
+    finally:
+        model.remove_loras()
+    assert found.trials[0].worst() == float("inf") and found.trials[1].worst() < 60
+    assert any("with pytorch_lora_weights.safetensors" in note for note in found.notes)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(folder, trained, tmp_path):
+    chance = random.Random(0)
+    command = [sys.executable, "-m", "imagegen", "finetune", str(folder), "--out", str(tmp_path), "--resume"]
+    command += ["--steps", "6", "--batch-size", "2", "--rank", "2", "--save-every", "2", "--seed", "3"]
+    kills = 0
+    while kills < 20:
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        lines = chance.randrange(1, 14)
+        for _ in range(lines):
+            if not run.stderr.readline():
+                break
+        time.sleep(chance.random() * 0.3)
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+        kills += 1
+        if kills % 4 == 0:  # begin anew, so that early points are met again
+            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    subprocess.run(command, check=True, capture_output=True)
+    assert digest(tmp_path / adapters.FILE) == digest(trained.weights)
