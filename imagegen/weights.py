@@ -9,8 +9,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imagegen.request import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 SUFFIXES = (".safetensors",)
 
@@ -23,6 +27,27 @@ def cache_folder() -> Path:
 def list_weights(folder: Path) -> list[Path]:
     """Return a model folder's weight files, sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
+def save_weights(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> Path:
+    """Write a safetensors file beside its place and move it in; equal tensors and metadata make equal bytes.
+
+    safetensors itself writes metadata in an order of its own, another one in every process.
+    """
+    from safetensors.torch import save
+
+    content = save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
 
 
 def hash_file(path: Path) -> str:

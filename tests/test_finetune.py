@@ -111,7 +111,7 @@ def test_stock_diffusers_loads_it_and_draws_our_picture(model, stock, trained):
         model.remove_loras()
     mine.save(trained.folder / "made")
     made = next((trained.folder / "made").glob("*.png"))
-    with pytest.raises(imagegen.ReceiptError, match="made with pytorch_lora_weights.safetensors at 0.7"):
+    with pytest.raises(imagegen.ReceiptError, match=r"made with pytorch_lora_weights\.safetensors at 0\.7"):
         imagegen.replay(made, model=model)
     arguments = ["replay", str(made), "--lora", f"{trained.weights}:0.7"]
     assert cli.run(arguments) == 0
@@ -217,6 +217,32 @@ def test_compare_with_a_lora_holds_plans_against_its_own_pictures(model, trained
         model.remove_loras()
     assert found.trials[0].worst() == float("inf") and found.trials[1].worst() < 60
     assert any("with pytorch_lora_weights.safetensors" in note for note in found.notes)
+
+
+def test_the_command_shows_its_progress_and_goes_on(model, folder, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.training, "load_model", lambda *_: model)
+    command = [
+        "finetune",
+        str(folder),
+        "--out",
+        str(tmp_path),
+        "--batch-size",
+        "2",
+        "--rank",
+        "2",
+        "--save-every",
+        "2",
+        "--seed",
+        "3",
+    ]
+    assert cli.run([*command, "--steps", "3"]) == 0
+    assert "3/3 step, loss" in capsys.readouterr().err
+    assert cli.run([*command, "--steps", "6", "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_steps"] == 6
+    assert digest(tmp_path / adapters.FILE) == digest(trained.weights)
+    assert cli.run([*command, "--steps", "6", "--rank", "5", "--resume"]) == 2
+    assert "rank was 2, now 5" in capsys.readouterr().err
+    assert cli.run(["finetune", str(tmp_path / "none"), "--out", str(tmp_path)]) == 2
 
 
 @pytest.mark.slow

@@ -5,15 +5,15 @@ of anything but their weights and facts.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from imagegen.families.diffusion import quiet
 from imagegen.request import DataError, ModelError
+from imagegen.weights import save_weights
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name: `load_lora_weights(folder)` finds it
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -61,14 +61,10 @@ def save_adapter(denoiser: torch.nn.Module, folder: Path, facts: dict[str, Any])
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER))
         config = denoiser.peft_config[ADAPTER].to_dict()
     prefix = "unet" if hasattr(denoiser, "down_blocks") else "transformer"
-    tensors = {f"{prefix}.{name}": layers[name].detach().cpu().contiguous() for name in sorted(layers)}
+    tensors = {f"{prefix}.{name}": value for name, value in layers.items()}
     kept = {f"{prefix}.{name}": _plain(value) for name, value in sorted(config.items()) if value is not None}
     metadata = {"lora_adapter_metadata": json.dumps(kept, sort_keys=True), "imagegen": json.dumps(facts, sort_keys=True)}
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{FILE}.{os.getpid()}.part"
-    save_file(tensors, part, metadata)
-    os.replace(part, folder / FILE)
-    return folder / FILE
+    return save_weights(folder / FILE, tensors, metadata)
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from imagegen.finetune.data import Dataset, make_buckets, read_dataset
 from imagegen.finetune.loop import Example, Schedule, Training
 from imagegen.finetune.objective import objective_of
 from imagegen.request import DataError
+from imagegen.weights import save_weights
 
 if TYPE_CHECKING:
     from imagegen.model import Model
@@ -182,15 +183,9 @@ def _choose_weights(denoiser: torch.nn.Module, method: str, adapter: dict[str, A
 def _save(denoiser: torch.nn.Module, method: str, out: Path, facts: dict[str, Any]) -> Path:
     if method == "lora":
         return adapters.save_adapter(denoiser, out, facts)
-    from safetensors.torch import save_file
-
-    place = out / "diffusion_pytorch_model.safetensors"
-    part = out / f".{place.name}.part"
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(denoiser.state_dict().items())}
-    save_file(tensors, part, {"format": "pt", "imagegen": json.dumps(facts, sort_keys=True)})
-    part.replace(place)
     denoiser.save_config(out)
-    return place
+    metadata = {"format": "pt", "imagegen": json.dumps(facts, sort_keys=True)}
+    return save_weights(out / "diffusion_pytorch_model.safetensors", denoiser.state_dict(), metadata)
 
 
 def _restore(denoiser: torch.nn.Module, kept: list[tuple[torch.Tensor, bool]], originals: list[torch.Tensor]) -> None:

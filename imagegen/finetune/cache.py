@@ -4,7 +4,6 @@ Each is a file of its own, named by a hash of what it was computed from, written
 a killed run finds what is there and computes the rest.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from imagegen.finetune.data import Item, find_bucket, fit_to_bucket, open_rgb
+from imagegen.weights import save_weights
 
 FOLDER = "cache"
 
@@ -63,10 +63,7 @@ class Cache:
             return load_file(path)["value"]
         except (OSError, SafetensorError, KeyError):  # not there, or damaged
             value = compute().float().contiguous().cpu()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.part")
-            save_file({"value": value}, part)
-            os.replace(part, path)
+            save_weights(path, {"value": value}, {})
             return value
 
     @torch.no_grad()
