@@ -117,7 +117,7 @@ def test_unknown_scheduler_names_the_known(model):
 def test_noise_floor_over_batch_and_threads(model, threads):
     """Picture i of a batch of 4 against the same picture alone, on one thread and two."""
     worst_db, worst_difference = float("inf"), 0
-    for prompt in ("a red apple", "a cat on a blue background"):
+    for prompt in ("a cat on a blue background",):
         threads(2)
         batch = model(prompt, seed=40, num_images=4).images
         for count in (1, 2):

@@ -1,6 +1,7 @@
 """The tuner: which plan it takes, what it claims, and what an interruption costs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,14 +11,15 @@ from imagegen.comparison import Trial
 from imagegen.profile import read_profile
 from imagegen.weights import cache_folder
 
-FAST = {"num_steps": 8, "prompts": ["a red apple", "a rocket", "an owl", "a pizza"]}
+FAST = {"num_steps": 5, "prompts": ["a red apple", "a rocket", "an owl", "a pizza"]}
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Two prompts to search on, and few levers: what is found is not the point here."""
+def small(monkeypatch, model):
+    """Small pictures, two prompts to search on, and few levers: what is found is not the point here."""
+    monkeypatch.setattr(model, "family", replace(model.family, size_px=64))
     monkeypatch.setattr(tuner, "SEARCH_PICTURES", 2)
-    groups = (("bf16", "threads(count=99)"), ("step-cache(warmup=2)", "step-cache(warmup=3)"), ("guidance-cache(warmup=3)",))
+    groups = (("bf16", "threads(count=3)"), ("step-cache(warmup=2)", "step-cache(warmup=3)"), ("guidance-cache(warmup=2)",))
     monkeypatch.setattr(tuner, "GROUPS", groups)
     monkeypatch.setattr("imagegen.levers.compute.has_fast_bf16", lambda device: False)
 
@@ -26,7 +28,7 @@ def test_a_profile_says_what_was_measured(model, tmp_path):
     profile = imagegen.tune(model, min_psnr_db=20.0, **FAST)
     assert profile.evidence["n"] == 2 and profile.evidence["failure_rate_below"] == 1.0
     assert profile.evidence["worst"] is None or profile.evidence["worst"] >= 20
-    assert profile.request == {"num_steps": 8, "guidance": 4.0, "num_images": 1, "width": 128, "height": 128}
+    assert profile.request == {"num_steps": 5, "guidance": 4.0, "num_images": 1, "width": 64, "height": 64}
     assert any("bf16" in note for note in profile.notes)
     assert model.plan.name == "exact"
     path = profile.save(tmp_path / "p.json")
@@ -53,7 +55,7 @@ def test_an_interrupted_search_goes_on(model, monkeypatch):
     assert [json.loads(line)["plan"] for line in log.read_text().splitlines()] == [
         "exact",
         "prompt-cache",
-        "threads(count=99)",
+        "threads(count=3)",
         "step-cache(warmup=2)",
     ]
     with log.open("a") as file:
