@@ -44,6 +44,9 @@ LADDER = (
 )
 
 
+HARMLESS = frozenset(lever for rung in LADDER if rung.same for lever in rung.levers)  # they change no picture
+
+
 def rungs(device: torch.device) -> list[Rung]:
     """Return the rungs of a device, the cheapest first."""
     return [rung for rung in LADDER if device.type != "cpu" or not rung.gpu]

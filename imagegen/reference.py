@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagegen import fidelity
+from imagegen.fit import HARMLESS
 from imagegen.measure import versions
 from imagegen.model import Model, load
 from imagegen.receipt import Receipt, describe_request, open_picture, pixels_sha256
@@ -104,13 +105,15 @@ def replay(
 def plan_of(receipt: Receipt) -> Plan:
     """Return the plan that a picture was made with: its name, and the levers that were applied.
 
+    Those that only make a model fit are left out: they change no picture, and may not be possible here.
+
     Raises:
         ReceiptError: the receipt's plan is damaged.
     """
     levers = receipt.plan.get("levers", [])
     if not isinstance(levers, list) or not all(isinstance(part, dict) and isinstance(part.get("lever"), str) for part in levers):
         raise ReceiptError("the receipt's plan has no usable list of levers: it is damaged")
-    applied = tuple(part["lever"] for part in levers if "why_not" not in part)
+    applied = tuple(part["lever"] for part in levers if "why_not" not in part and part["lever"] not in HARMLESS)
     return Plan(str(receipt.plan.get("name", "")), applied) if applied else EXACT
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 import imagegen
 from imagegen.receipt import parse_receipt
-from imagegen.reference import stock_request
+from imagegen.reference import plan_of, stock_request
 from imagegen.result import Picture
 
 
@@ -95,6 +95,14 @@ def test_given_noise_cannot_be_replayed(model, tmp_path):
     (path,) = model("a star", noise=torch.zeros(1, 4, 16, 16), num_steps=2).save(tmp_path)
     with pytest.raises(imagegen.ReceiptError, match="noise given by the caller"):
         imagegen.replay(path, model=model)
+
+
+def test_levers_that_only_made_it_fit_are_not_needed_again(model):
+    receipt = model.generate("a red apple", seed=1, num_steps=1).pictures[0].receipt
+    levers = [{"lever": "decode-slicing", "engaged": True}, {"lever": "text-offload", "engaged": True}]
+    assert plan_of(replace(receipt, plan={"name": "exact", "levers": levers})).levers == ()
+    cache = {"lever": "step-cache(warmup=1)", "engaged": True}
+    assert plan_of(replace(receipt, plan={"name": "fast", "levers": [*levers, cache]})).levers == ("step-cache(warmup=1)",)
 
 
 def test_stock_reference_is_refused_where_there_is_none(model):
