@@ -31,6 +31,7 @@ def write_report(
     references: Sequence["Image"],
     images: Mapping[str, Sequence["Image"]],
     budget_db: float | None = None,
+    figures: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write the page beside its place and move it in; return its path.
 
@@ -44,6 +45,7 @@ def write_report(
         references: the reference pictures.
         images: each plan's pictures, in the same order.
         budget_db: the PSNR asked for, drawn as a line.
+        figures: of a bench: `stage`, `what`, `value`, `unit`, `kind` and `note` each.
 
     Raises:
         PlanError: it cannot be written there.
@@ -63,7 +65,14 @@ def write_report(
         for index in range(min(MAX_PAIRS, len(references)))
     ]
     page = template.render(
-        title=title, about=about, notes=notes, rows=rows, pairs=pairs, chart=chart(rows, budget_db), db=in_words
+        title=title,
+        about=about,
+        notes=notes,
+        rows=rows,
+        pairs=pairs,
+        chart=chart(rows, budget_db),
+        db=in_words,
+        figures=figures,
     )
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

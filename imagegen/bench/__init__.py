@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagegen.bench.table import LOG, read_log, write
+from imagegen.bench.table import LOG, label_of, read_log, write
 from imagegen.families.denoisers import ARCHITECTURES
 from imagegen.profile import finite
 from imagegen.request import PlanError
@@ -78,11 +78,6 @@ def run(
             continue  # its row says so in the report, and a later call measures it
         append(folder, finite({"key": _key(stage, source), "stage": stage} | _in_a_process(stage, source)))
     return write(folder, wanted, budget_min)
-
-
-def label_of(stage: dict[str, Any]) -> str:
-    """Return a stage in a few words."""
-    return " ".join(str(value) for key, value in stage.items() if key not in ("tiny", "device"))
 
 
 def _find_device(device: str | None) -> str:

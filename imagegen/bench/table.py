@@ -30,6 +30,15 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def label_of(stage: dict[str, Any]) -> str:
+    """Return a stage in a few words, as in `denoiser sd1.5, 256 px, threads 2`."""
+    words = [stage["stage"], *(str(stage[name]) for name in ("plan", "architecture") if name in stage)]
+    more = ([f"{stage['size_px']} px"] if "size_px" in stage else []) + (
+        [f"threads {stage['threads']}"] if "threads" in stage else []
+    )
+    return ", ".join([" ".join(words), *more])
+
+
 def figures(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield every figure of the log: what it is, its value, how it came about.
 
@@ -37,7 +46,7 @@ def figures(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """
     for row in rows:
         stage = row["stage"]
-        name = " ".join(str(value) for key, value in stage.items() if key not in ("tiny", "device"))
+        name = label_of(stage)
         if "failed" in row:
             yield _figure(name, "failed", None, "", "skipped", row["failed"])
             continue
@@ -110,8 +119,11 @@ def write(folder: Path, wanted: Sequence[dict[str, Any]], budget_min: float | No
     found = list(figures(rows))
     for stage in wanted:
         if stage not in done:
-            name = " ".join(str(value) for key, value in stage.items() if key not in ("tiny", "device"))
-            found.append(_figure(name, "the whole stage", None, "", "skipped", f"the budget of {budget_min:g} minutes was spent"))
+            found.append(
+                _figure(
+                    label_of(stage), "the whole stage", None, "", "skipped", f"the budget of {budget_min:g} minutes was spent"
+                )
+            )
     facts = next((row for row in rows if row["stage"]["stage"] == "machine" and "failed" not in row), {})
     about = {name: str(value) for name, value in (facts.get("machine", {}) | facts.get("environment", {})).items()}
     about |= {f"GPU {name}": value for name, value in facts.get("gpu", {}).items()}
@@ -124,11 +136,7 @@ def write(folder: Path, wanted: Sequence[dict[str, Any]], budget_min: float | No
         if "trial" in row:
             stock = f"{row['ratio']:.2f} × stock diffusers ({row['stock_median_s']:.3f} s in turn)"
             trials.append(row["trial"] | {"verdict": f"{stock}; {row['trial']['verdict']}"})
-    for figure in found:
-        value = "" if figure["value"] is None else f"{figure['value']:.4g} {figure['unit']}"
-        said = "; ".join(text for text in (value, figure["kind"], figure["note"]) if text)
-        about[f"{figure['stage']}: {figure['what']}"] = said
-    return write_report(folder / "report.html", "imagegen bench", about, notes, trials, [], [], {})
+    return write_report(folder / "report.html", "imagegen bench", about, notes, trials, [], [], {}, figures=found)
 
 
 def to_markdown(about: dict[str, str], notes: Sequence[str], found: Sequence[dict[str, Any]]) -> str:
