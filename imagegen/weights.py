@@ -62,7 +62,7 @@ def hash_weights(folder: Path) -> dict[str, str]:
     Raises:
         ModelError: a file cannot be read.
     """
-    remembered = _read_cache()
+    remembered = read_remembered("hashes")
     found, fresh = {}, False
     for path in list_weights(folder):
         try:
@@ -75,7 +75,7 @@ def hash_weights(folder: Path) -> dict[str, str]:
             raise ModelError(f"cannot read the weights {str(path)!r}: {error.strerror}") from None
         found[path.relative_to(folder).as_posix()] = remembered[key]
     if fresh:
-        _write_cache(remembered)
+        remember("hashes", remembered)
     return found
 
 
@@ -101,23 +101,20 @@ def check_weights(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def _cache_file() -> Path:
-    return cache_folder() / "hashes.json"
-
-
-def _read_cache() -> dict[str, str]:
+def read_remembered(name: str) -> dict[str, str]:
+    """Return what `NAME.json` in the cache folder holds; a damaged file holds nothing."""
     try:
-        read = json.loads(_cache_file().read_text())
+        read = json.loads((cache_folder() / f"{name}.json").read_text())
     except (OSError, ValueError):
         return {}
     return {key: value for key, value in read.items() if isinstance(value, str)} if isinstance(read, dict) else {}
 
 
-def _write_cache(remembered: dict[str, str]) -> None:
-    """Store the hashes; a cache that cannot be written costs time, not the picture."""
+def remember(name: str, values: dict[str, str]) -> None:
+    """Store values for `read_remembered`; a cache that cannot be written costs time, not the picture."""
     with contextlib.suppress(OSError):
-        file = _cache_file()
+        file = cache_folder() / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(remembered))
+        part.write_text(json.dumps(values, indent=1))
         os.replace(part, file)

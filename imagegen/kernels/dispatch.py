@@ -4,19 +4,15 @@ The check's verdict is kept in `kernels.json` in the cache folder, under the dev
 versions of triton and torch, and a hash of the kernel's source: when one of them changes, the check runs again.
 """
 
-import contextlib
-import json
-import os
 import threading
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from imagegen.kernels.check import check_kernel
 from imagegen.kernels.kernel import SHARED_LIMITS, Kernel, Tensors, capability_of
-from imagegen.weights import cache_folder
+from imagegen.weights import read_remembered, remember
 
 Verdict = tuple[bool, str]
 _verdicts: dict[tuple[str, torch.device], Verdict] = {}
@@ -82,34 +78,11 @@ def describe_device(device: torch.device) -> str:
 def _remembered_check(kernel: Kernel, device: torch.device) -> Verdict:
     """Return the verdict of the check, which runs if none is remembered; one that raises is not remembered."""
     key = f"{describe_device(device)}|{kernel.name}|{kernel.hash_source()}"
-    wrong = _read_cache().get(key)
+    wrong = read_remembered("kernels").get(key)
     if wrong is None:
         with torch.cuda.device(device):
             wrong = check_kernel(kernel, device)
-        _write_cache(_read_cache() | {key: wrong})  # read again: another process may have added its own
+        remember("kernels", read_remembered("kernels") | {key: wrong})  # read again: another process may have added its own
     if wrong:
         return False, f"{kernel.name} computes wrongly on this device ({wrong}): please report it"
     return True, f"{kernel.name} passed its check on this device"
-
-
-def _cache_file() -> Path:
-    return cache_folder() / "kernels.json"
-
-
-def _read_cache() -> dict[str, str]:
-    """Return what is wrong with each kernel by its key, empty where nothing is; a damaged file holds nothing."""
-    try:
-        read = json.loads(_cache_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in read.items() if isinstance(value, str)} if isinstance(read, dict) else {}
-
-
-def _write_cache(remembered: dict[str, str]) -> None:
-    """Store the verdicts; a cache that cannot be written costs time, nothing else."""
-    with contextlib.suppress(OSError):
-        file = _cache_file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(remembered, indent=1))
-        os.replace(part, file)
