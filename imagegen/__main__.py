@@ -5,13 +5,16 @@ import contextlib
 import os
 import sys
 
+from imagegen.startup import stopped_at_once
+
 
 def main() -> None:
     """Run the command line and leave with its exit code."""
     # Libraries' own notices would break "one line on stderr"; a user's setting wins.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from imagegen import cli
+    with stopped_at_once():
+        from imagegen import cli
 
     leave(cli.run(sys.argv[1:]))
 

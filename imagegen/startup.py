@@ -13,11 +13,15 @@ import contextlib
 import gc
 import importlib
 import importlib.util
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+STOPPED = 130  # the exit code of a process that Ctrl-C ended
 COMPILER = "torch._dynamo"
 NOT_FOR_ONE_PICTURE = ("torchao", "peft")
 MARKERS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph", "forbid_in_graph")
@@ -65,3 +69,26 @@ def imports_for_one_picture() -> Iterator[None]:
         torch.distributed.is_available, importlib.util.find_spec = there, find_spec
         if sys.modules.get(COMPILER) is stand_in:
             del sys.modules[COMPILER]
+
+
+@contextlib.contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process there and then: libraries catch it in their imports, and go on half imported.
+
+    For the command line's own process, while nothing is being written.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        if "--json" in sys.argv:
+            os.write(1, b'{"error": "stopped"}\n')
+        os.write(2, b"imagegen: stopped\n")
+        os._exit(STOPPED)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -14,6 +14,7 @@ import typer
 from imagegen.cli import models, pictures, plans, serving, training
 from imagegen.cli.shell import CheckFailed, app
 from imagegen.request import FOREIGN_NAMES, Error
+from imagegen.startup import STOPPED
 
 # Options in other tools' words, by the option that means the same here.
 FOREIGN_OPTIONS = {
@@ -28,8 +29,6 @@ FOREIGN_OPTIONS = {
 
 # Typer carries its own copy of click: the base of its errors is reached through a public one.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
-
-STOPPED = 130
 
 
 def run(arguments: Sequence[str]) -> int:

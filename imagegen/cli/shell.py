@@ -12,6 +12,7 @@ import typer
 
 from imagegen.profile import finite
 from imagegen.request import RequestError
+from imagegen.startup import stopped_at_once
 
 if TYPE_CHECKING:
     from imagegen.model import Model
@@ -78,8 +79,8 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def load_model(model: str, device: str | None, dtype: str | None, plan: str, memory_gib: float | None = None) -> "Model":
-    """Load a model; what libraries warn of at their import is not shown."""
-    with warnings.catch_warnings():
+    """Load a model; what libraries warn of at their import is not shown, and Ctrl-C ends the process there and then."""
+    with stopped_at_once(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own, at import
         from imagegen.model import load
 
