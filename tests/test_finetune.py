@@ -155,6 +155,14 @@ def test_a_lora_that_matches_nothing_is_an_error(model, tmp_path):
         model.add_lora(tmp_path / "none.safetensors")
 
 
+def test_without_peft_it_says_what_to_install(model, folder, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapters, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"\[train\]"):
+        imagegen.finetune(model, folder, tmp_path, **SETTINGS)
+    with pytest.raises(ModelError, match=r"\[train\]"):
+        model.add_lora(trained.weights)
+
+
 def test_batches_are_of_one_shape_and_every_picture_comes():
     examples = [Example(torch.zeros(1), torch.zeros(1), 1.0, (number % 2,)) for number in range(7)]
     for epoch in range(3):

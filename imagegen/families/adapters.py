@@ -5,6 +5,7 @@ of anything but their weights and facts.
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,20 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
 
 
+def peft_is_missing() -> str | None:
+    """Return what to do where peft is not installed; None where it is."""
+    return None if find_spec("peft") else "LoRAs need peft: pip install 'imagegen-diffusion[train]'"
+
+
 def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
     """Load a LoRA of diffusers', peft's or kohya's layout under a name; return its file.
 
     Raises:
         ModelError: there is no such file, it is no LoRA, or it matches no layer of this model.
     """
+    missing = peft_is_missing()
+    if missing:
+        raise ModelError(missing)
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise ModelError(f"no LoRA {str(path)!r}: give a .safetensors file, or a folder with {FILE}")

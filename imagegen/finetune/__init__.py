@@ -109,6 +109,9 @@ def finetune(
     adapter = {"rank": rank, "alpha": alpha or rank, "dora": dora, "convolutions": convolutions}
     if rank < 1:
         raise DataError(f"rank must be at least 1, got {rank}")
+    missing = adapters.peft_is_missing() if method == "lora" else None
+    if missing:
+        raise DataError(missing)
     dataset, out = read_dataset(data), Path(out)
     if not resume and list_checkpoints(out):
         raise DataError(f"{str(out)!r} holds another training's checkpoints: resume it, or choose another folder")
