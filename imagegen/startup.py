@@ -77,7 +77,8 @@ def stopped_at_once() -> Iterator[None]:
 
     For the command line's own process, while nothing is being written.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
 

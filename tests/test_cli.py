@@ -232,6 +232,7 @@ def test_control_c_is_130_and_leaves_nothing(after_s):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"COLUMNS": "80"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
     )
     try:
         time.sleep(after_s)
