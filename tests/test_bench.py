@@ -29,6 +29,7 @@ def stages_in(folder):
     return [bench.label_of(row["stage"]) for row in bench.read_log(folder)]
 
 
+@pytest.mark.slow
 def test_a_tiny_bench_completes_after_a_kill(tmp_path):
     command = [sys.executable, "-m", "imagegen", "bench", "--tiny", "--device", "cpu", "--plan", "step-cache(warmup=1)"]
     started = subprocess.Popen([*command, "--out", str(tmp_path)], start_new_session=True, stderr=subprocess.DEVNULL)
