@@ -194,7 +194,7 @@ class Model:
             self.set_plan(before)
 
     def add_lora(self, path: str | Path, *, weight: float = 1.0) -> None:
-        """Add a LoRA in diffusers', peft's or kohya's layout; several add up.
+        """Add a LoRA in diffusers' layout (or another that diffusers reads: not tested here); several add up.
 
         Args:
             path: the .safetensors file, or its folder.

@@ -200,8 +200,7 @@ class Estimate:
 
     def seconds(self, work: Work) -> float:
         """Return the least time of one call in eager mode: products at peak, everything else at full bandwidth."""
-        products_s = max(work.flop / (self.gpu.bf16_tflops * 1e12), work.product_bytes / (self.gpu.memory_gbps * 1e9))
-        return products_s + work.pointwise_bytes / (self.gpu.memory_gbps * 1e9)
+        return self.fused_seconds(work) + work.pointwise_bytes / (self.gpu.memory_gbps * 1e9)
 
     def fused_seconds(self, work: Work) -> float:
         """Return the least time of one call if nothing but products took any."""

@@ -139,11 +139,12 @@ def test_the_cameras_rotation_and_colours_are_applied(folder):
 
 def test_a_colour_profile_is_converted_to_srgb(folder):
     swapped = ImageCms.createProfile("LAB")
-    lab = Image.new("LAB", (32, 32), (128, 128, 128))
+    lab = Image.new("LAB", (32, 32), (128, 196, 178))  # lightness 50, far to red: zero lies at 128
     lab.save(folder / "a.tif", icc_profile=ImageCms.ImageCmsProfile(swapped).tobytes())
     (folder / "a.png").unlink()
-    grey = open_rgb(next(item for item in read_dataset(folder).items if item.path.name == "a.tif"))
-    assert grey.mode == "RGB"
+    made = open_rgb(next(item for item in read_dataset(folder).items if item.path.name == "a.tif"))
+    red, green, blue = made.getpixel((16, 16))
+    assert made.mode == "RGB" and red > 170 and green < 70 and blue < 70
 
 
 def test_transparency_becomes_white(folder):

@@ -52,7 +52,7 @@ def finetune(
     from imagegen.finetune import finetune as train
 
     made = train(
-        loaded, data, out, method=method, num_steps=steps, seed=seed, batch_size=batch_size, accumulate=accumulate,
+        loaded, checked, out, method=method, num_steps=steps, seed=seed, batch_size=batch_size, accumulate=accumulate,
         learning_rate=learning_rate, rank=rank, dora=dora, convolutions=convolutions, ema=ema, save_every=save_every,
         prior_prompts=tuple(prior or ()), prior_pictures=prior_pictures, resume=resume, progress=_lines(),
     )  # fmt: skip

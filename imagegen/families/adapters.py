@@ -85,7 +85,7 @@ def peft_is_missing() -> str | None:
 
 
 def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
-    """Load a LoRA of diffusers', peft's or kohya's layout under a name; return its file.
+    """Load a LoRA of a layout that diffusers reads under a name; return its file.
 
     Raises:
         ModelError: there is no such file, it is no LoRA, or it matches no layer of this model.

@@ -52,7 +52,7 @@ class Trained:
 
 def finetune(
     model: "Model",
-    data: str | Path,
+    data: str | Path | Dataset,
     out: str | Path,
     *,
     method: str = "lora",
@@ -77,7 +77,7 @@ def finetune(
 
     Args:
         model: to start from.
-        data: the folder: `metadata.jsonl`, or `NAME.txt` beside `NAME.png`.
+        data: the folder, or what `read_dataset` made of it: `metadata.jsonl`, or `NAME.txt` beside `NAME.png`.
         out: gets the weights, `checkpoints/` and `cache/`.
         method: `lora`, or `full` for every weight of the denoiser.
         num_steps: optimiser steps in all.
@@ -112,7 +112,7 @@ def finetune(
     missing = adapters.peft_is_missing() if method == "lora" else None
     if missing:
         raise DataError(missing)
-    dataset, out = read_dataset(data), Path(out)
+    dataset, out = data if isinstance(data, Dataset) else read_dataset(data), Path(out)
     if not resume and list_checkpoints(out):
         raise DataError(f"{str(out)!r} holds another training's checkpoints: resume it, or choose another folder")
     objective = objective_of(model.pipeline.scheduler, min_snr)

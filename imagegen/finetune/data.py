@@ -222,7 +222,7 @@ def open_rgb(item: Item) -> Image.Image:
 
 def _to_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
     """Convert colours by the file's own profile; one that cannot be read counts as sRGB."""
-    kind = picture.mode if picture.mode in ("RGB", "CMYK", "L") else "RGB"
+    kind = picture.mode if picture.mode in ("RGB", "CMYK", "L", "LAB") else "RGB"
     try:
         own = ImageCms.ImageCmsProfile(BytesIO(profile))
         made = ImageCms.profileToProfile(picture.convert(kind), own, ImageCms.createProfile("sRGB"), outputMode="RGB")

@@ -6,6 +6,7 @@ part of every batch.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -111,8 +112,8 @@ def batches(examples: Sequence[Example], size: int, seed: int, epoch: int) -> It
 
 def batch_of(examples: Sequence[Example], schedule: Schedule, step: int) -> list[int]:
     """Return the batch of a step, whatever came before."""
-    per_epoch = len(list(batches(examples, schedule.batch_size, schedule.seed, 0)))
-    epoch, number = divmod(step, per_epoch)
+    sizes = Counter(example.group for example in examples)
+    epoch, number = divmod(step, sum(-(-size // schedule.batch_size) for size in sizes.values()))
     return list(batches(examples, schedule.batch_size, schedule.seed, epoch))[number]
 
 
