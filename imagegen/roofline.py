@@ -7,7 +7,6 @@ downloaded, and no weight is allocated.
 import json
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from imagegen.families.denoisers import ARCHITECTURES, FACTOR, make_denoiser, make_inputs
+from imagegen.families.denoisers import ARCHITECTURES, FACTOR, made_in, make_denoiser, make_inputs
 from imagegen.families.diffusion import quiet, read_index
 from imagegen.measure import GIB
 from imagegen.request import ModelError
@@ -275,7 +274,7 @@ def _parts_of_architecture(name: str, dtype: torch.dtype, num_steps: int) -> lis
         architecture = ARCHITECTURES[name]
         denoiser = make_denoiser(architecture, "meta", dtype)
         inputs = make_inputs(architecture, "meta", dtype)
-        with _made_in(dtype):
+        with made_in("meta", dtype):
             vae = AutoencoderKL(latent_channels=architecture.channels, **DECODER).eval()
     size = architecture.text_parameters * dtype.itemsize
     text = Work(architecture.text_parameters, size, 2 * architecture.text_parameters * architecture.tokens, 0, size, 0, 0)
@@ -291,18 +290,6 @@ DECODER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@contextmanager
-def _made_in(dtype: torch.dtype) -> Iterator[None]:
-    """Make modules on the meta device in a dtype."""
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _parts_of_folder(folder: Path, dtype: torch.dtype, num_steps: int) -> list[Part]:
     """Return the parts of a model's folder, from its configurations."""
     index = read_index(folder)
@@ -316,7 +303,7 @@ def _parts_of_folder(folder: Path, dtype: torch.dtype, num_steps: int) -> list[P
             except (OSError, ValueError) as error:
                 raise ModelError(f"{str(folder / part / 'config.json')!r} cannot be read: {error}") from None
 
-        with _made_in(dtype):
+        with made_in("meta", dtype):
             unet = diffusers.UNet2DConditionModel.from_config(config("unet")).eval()
             vae = diffusers.AutoencoderKL.from_config(config("vae")).eval()
             kind = getattr(transformers, index["text_encoder"][1])

@@ -3,7 +3,8 @@
 For benchmarks and predictions that need no download. Knows the models' shapes, not their pipelines.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,11 +179,18 @@ def make_denoiser(
 
     config = architecture.config | (architecture.tiny if tiny else {})
     torch.manual_seed(0)
+    with made_in(device, dtype):
+        return getattr(diffusers, architecture.kind)(**config).eval()
+
+
+@contextmanager
+def made_in(device: torch.device | str, dtype: torch.dtype) -> Iterator[None]:
+    """Make modules on a device in a dtype from the start: a large model has no room for float32 first."""
     before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(dtype)  # made in it: a large model has no room for float32 first
+        torch.set_default_dtype(dtype)
         with torch.device(device):
-            return getattr(diffusers, architecture.kind)(**config).eval()
+            yield
     finally:
         torch.set_default_dtype(before)
 
