@@ -120,6 +120,12 @@ class Model:
         return hash_weights(self.folder)
 
     @property
+    def licence(self) -> str | None:
+        """The name of its licence, where it is known."""
+        card = CARDS.get(self.source)
+        return card.licence if card else None
+
+    @property
     def plan(self) -> Plan:
         """The speed plan."""
         return self._applied.plan
@@ -350,7 +356,6 @@ class Model:
         return Result([Picture(*pair) for pair in zip(images, receipts_of, strict=True)], elapsed_s)
 
     def _receipt(self, request: Request, image: "Image", given_noise: bool) -> receipts.Receipt:
-        card = CARDS.get(self.source)
         return receipts.Receipt(
             version=receipts.VERSION,
             request=receipts.describe_request(request, given_noise),
@@ -360,7 +365,7 @@ class Model:
                 "revision": None,
                 "family": self.family.name,
                 "sha256": self.hashes,
-                "licence": card.licence if card else None,
+                "licence": self.licence,
             },
             loras=[dict(lora) for lora in self.loras],
             plan={"name": self.plan.name, "levers": self.applied},

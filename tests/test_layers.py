@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "imagegen"
 ORDER = [
     "request",
+    "licences",
     "catalog",
     "receipt",
     "result",
@@ -38,7 +39,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-NO_TORCH = ["request", "catalog", "receipt", "result", "weights", "profile", "prompts", "report", "measure", "cli"]
+NO_TORCH = ["request", "licences", "catalog", "receipt", "result", "weights", "profile", "prompts", "report", "measure", "cli"]
 
 
 def modules():

@@ -3,12 +3,19 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from imagegen.catalog import EMBEDDED
 from imagegen.cli.shell import DeviceOption, DtypeOption, JsonOption, ModelOption, app, check_writable, load_model, print_json
+
+if TYPE_CHECKING:
+    from imagegen.finetune import Trained
+
+RightOption = Annotated[
+    bool, typer.Option("--i-have-the-right", help="Where a licence forbids this use: you have the right; it is recorded.")
+]
 
 
 @app.command()
@@ -22,13 +29,23 @@ def finetune(
     accumulate: Annotated[int, typer.Option(help="Parts in which a step's batch is computed, to save memory.")] = 1,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-4 for a LoRA, 1e-5 for all weights.")] = None,
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
+    alpha: Annotated[int | None, typer.Option(help="Scale of the LoRA; its rank by default.")] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Learn magnitudes too.")] = False,
     convolutions: Annotated[bool, typer.Option("--convolutions", help="Put LoRAs on convolutions too.")] = False,
+    text_encoder: Annotated[bool, typer.Option("--text-encoder", help="Put a LoRA on the text encoder too.")] = False,
+    min_snr: Annotated[float | None, typer.Option(help="Cap of the loss weights' signal-to-noise ratio.")] = None,
     ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 is none.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16.")] = "fp32",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
     prior: Annotated[list[str] | None, typer.Option(help="A prompt whose pictures have to stay; again for more.")] = None,
     prior_pictures: Annotated[int, typer.Option(help="Pictures of those prompts to train on.")] = 20,
+    validation: Annotated[list[str] | None, typer.Option(help="A prompt to render on the way; again for more.")] = None,
+    validate_every: Annotated[int, typer.Option(help="Steps between those.")] = 100,
+    tracker: Annotated[str | None, typer.Option(help="One of accelerate's, such as tensorboard: into OUT/logs.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    kohya: Annotated[Path | None, typer.Option(help="Write the LoRA in kohya's layout too, into this file.")] = None,
+    i_have_the_right: RightOption = False,
     model: ModelOption = EMBEDDED,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -38,24 +55,34 @@ def finetune(
 
     Example: imagegen finetune photos --out my-style --steps 300 --rank 8
 
+    On several GPUs or machines: accelerate launch -m imagegen finetune …
+
     --json: {"weights", "num_steps", "loss", "notes": [...]}
     """
     from imagegen.finetune.data import read_dataset
 
     checked = read_dataset(data)  # before the model is loaded
     check_writable(out)
-    for note in checked.notes:
-        print(f"imagegen: {note}", file=sys.stderr)
-    for generator, files in checked.generated.items():
-        print(f"imagegen: {len(files)} pictures were made by {generator}, {files[0]} first", file=sys.stderr)
     loaded = load_model(model, device, dtype, "exact")
+    from imagegen.families import adapters
     from imagegen.finetune import finetune as train
 
     made = train(
         loaded, checked, out, method=method, num_steps=steps, seed=seed, batch_size=batch_size, accumulate=accumulate,
-        learning_rate=learning_rate, rank=rank, dora=dora, convolutions=convolutions, ema=ema, save_every=save_every,
-        prior_prompts=tuple(prior or ()), prior_pictures=prior_pictures, resume=resume, progress=_lines(),
+        learning_rate=learning_rate, rank=rank, alpha=alpha, dora=dora, convolutions=convolutions, text_encoder=text_encoder,
+        min_snr=min_snr, ema=ema, precision=precision, gradient_checkpointing=gradient_checkpointing,
+        prior_prompts=tuple(prior or ()), prior_pictures=prior_pictures, validation_prompts=tuple(validation or ()),
+        validate_every=validate_every, tracker=tracker, save_every=save_every, resume=resume,
+        i_have_the_right=i_have_the_right, progress=_lines(),
     )  # fmt: skip
+    if kohya is not None:
+        adapters.export_kohya(made.weights, kohya)
+    _show(made, as_json)
+
+
+def _show(made: "Trained", as_json: bool) -> None:
+    for note in made.notes:
+        print(f"imagegen: {note}", file=sys.stderr)
     if as_json:
         print_json({"weights": str(made.weights), "num_steps": made.num_steps, "loss": made.loss, "notes": list(made.notes)})
     else:

@@ -5,52 +5,85 @@ of anything but their weights and facts.
 """
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from imagegen.families.diffusion import quiet
 from imagegen.request import DataError, ModelError
 from imagegen.weights import save_weights
 
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's own names
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name: `load_lora_weights(folder)` finds it
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "imagegen-training"
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+LAYER = re.compile(r"(?P<part>\w+)\.(?P<layer>.+?)\.(?:lora\.|lora_linear_layer\.|lora_)(?P<way>down|up|A|B)\.weight")
+PEFT = "base_model.model."  # what peft itself puts before every name
 
 
-def add_adapter(denoiser: torch.nn.Module, *, rank: int, alpha: int, dora: bool, convolutions: bool, seed: int) -> list[Any]:
-    """Put a fresh LoRA on a denoiser's attention, and on its convolutions if asked; return what is trained.
+def find_layers(module: torch.nn.Module, *, convolutions: bool = False) -> list[str]:
+    """Return the names of the layers that a LoRA goes on: a denoiser's attention, or a CLIP text encoder's.
 
     Args:
-        denoiser: its own weights are frozen.
+        module: a denoiser, or a text encoder.
+        convolutions: a denoiser's convolutions too.
+
+    Raises:
+        DataError: it has no such layers.
+    """
+    usual = ATTENTION + (CONVOLUTIONS if convolutions else ())
+    for names in (usual, TEXT_ATTENTION):
+        if any(name.endswith(f".{names[0]}") for name, _ in module.named_modules()):
+            return list(names)
+    known = f"{', '.join(ATTENTION)} or {', '.join(TEXT_ATTENTION)}"
+    raise DataError(f"a {type(module).__name__} has no attention layers {known} to put a LoRA on")
+
+
+def add_adapter(module: torch.nn.Module, layers: list[str], *, rank: int, alpha: int, dora: bool, seed: int) -> list[Any]:
+    """Put a fresh LoRA on a module's layers; return what is trained.
+
+    Args:
+        module: its own weights are frozen.
+        layers: of `find_layers`.
         rank: from 1.
         alpha: from 1; the LoRA's output is scaled by alpha / rank.
         dora: also learn magnitudes. Source: Liu et al. (2024), https://arxiv.org/abs/2402.09353.
-        convolutions: also on convolutions.
         seed: of the first values.
-
-    Raises:
-        DataError: the denoiser has no such layers.
     """
     from peft import LoraConfig
 
-    names = ATTENTION + (CONVOLUTIONS if convolutions else ())
-    if not any(name.endswith(ATTENTION) for name, _ in denoiser.named_modules()):
-        raise DataError(f"a {type(denoiser).__name__} has no attention layers {', '.join(ATTENTION)} to put a LoRA on")
-    denoiser.requires_grad_(False)
+    module.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, use_dora=dora, target_modules=list(names), init_lora_weights="gaussian")
-        denoiser.add_adapter(config, adapter_name=ADAPTER)
-    return [weight for weight in denoiser.parameters() if weight.requires_grad]
+        config = LoraConfig(r=rank, lora_alpha=alpha, use_dora=dora, target_modules=layers, init_lora_weights="gaussian")
+        module.add_adapter(config, adapter_name=ADAPTER)
+    return [weight for weight in module.parameters() if weight.requires_grad]
 
 
-def save_adapter(denoiser: torch.nn.Module, folder: Path, facts: dict[str, Any]) -> Path:
+def remove_adapter(module: torch.nn.Module) -> None:
+    """Take the LoRA that is being trained off a module, if it has one."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    if ADAPTER in getattr(module, "peft_config", {}):
+        recurse_remove_peft_layers(module)
+        del module.peft_config
+        module._hf_peft_config_loaded = False
+
+
+def save_adapter(parts: dict[str, torch.nn.Module], folder: Path, facts: dict[str, Any]) -> Path:
     """Write a LoRA in diffusers' layout with facts about it; equal weights and facts make equal files.
+
+    Args:
+        parts: the modules that carry it, by the pipeline's names: `unet` or `transformer`, `text_encoder`.
+        folder: gets the file.
+        facts: ready for JSON.
 
     Returns:
         The file's path.
@@ -58,14 +91,44 @@ def save_adapter(denoiser: torch.nn.Module, folder: Path, facts: dict[str, Any])
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
+    tensors: dict[str, torch.Tensor] = {}
+    kept: dict[str, Any] = {}
     with quiet():
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser, adapter_name=ADAPTER))
-        config = denoiser.peft_config[ADAPTER].to_dict()
-    prefix = "unet" if hasattr(denoiser, "down_blocks") else "transformer"
-    tensors = {f"{prefix}.{name}": value for name, value in layers.items()}
-    kept = {f"{prefix}.{name}": _plain(value) for name, value in sorted(config.items()) if value is not None}
+        for part, module in parts.items():
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(module, adapter_name=ADAPTER))
+            config = module.peft_config[ADAPTER].to_dict()
+            tensors |= {f"{part}.{name}": value for name, value in layers.items()}
+            kept |= {f"{part}.{name}": _plain(value) for name, value in sorted(config.items()) if value is not None}
     metadata = {"lora_adapter_metadata": json.dumps(kept, sort_keys=True), "imagegen": json.dumps(facts, sort_keys=True)}
     return save_weights(folder / FILE, tensors, metadata)
+
+
+def export_kohya(file: Path, to: Path) -> Path:
+    """Write a LoRA of ours in kohya's layout, which AUTOMATIC1111, ComfyUI and Forge read.
+
+    Args:
+        file: of `save_adapter`, or its folder.
+        to: the new file.
+
+    Raises:
+        ModelError: it is no LoRA for a UNet: kohya's names of a transformer's layers are others.
+    """
+    file = file / FILE if file.is_dir() else file
+    tensors, metadata = _read(file)
+    adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    made: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        found = LAYER.fullmatch(name)
+        if found is None or found["part"] not in KOHYA:
+            raise ModelError(
+                f"{str(file)!r} holds {name!r}: kohya's layout is written for plain LoRAs of a UNet and its text encoder only"
+            )
+        layer = f"{KOHYA[found['part']]}_{found['layer'].replace('.', '_')}"
+        goes_down = found["way"] in ("down", "A")
+        rank = value.shape[0 if goes_down else 1]
+        made[f"{layer}.{'lora_down' if goes_down else 'lora_up'}.weight"] = value
+        made[f"{layer}.alpha"] = torch.tensor(float(adapter.get(f"{found['part']}.lora_alpha", rank)))
+    return save_weights(to, made, {"imagegen": metadata.get("imagegen", "{}")})
 
 
 def _plain(value: Any) -> Any:
@@ -85,7 +148,7 @@ def peft_is_missing() -> str | None:
 
 
 def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
-    """Load a LoRA of a layout that diffusers reads under a name; return its file.
+    """Load a LoRA in diffusers', peft's or kohya's layout under a name; return its file.
 
     Raises:
         ModelError: there is no such file, it is no LoRA, or it matches no layer of this model.
@@ -93,18 +156,20 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
     missing = peft_is_missing()
     if missing:
         raise ModelError(missing)
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ModelError(f"no LoRA {str(path)!r}: give a .safetensors file, or a folder with {FILE}")
-    try:
-        keys = load_file(file)
-    except Exception as error:
-        raise ModelError(f"{str(file)!r} is no safetensors file that can be read: {error}") from None
-    if not any("lora" in key for key in keys):
-        raise ModelError(f"{str(file)!r} is no LoRA: its first tensor is {next(iter(sorted(keys)), 'none')!r}")
+    file = _find_file(path)
+    tensors, _ = _read(file)
+    if not any("lora" in key for key in tensors):
+        raise ModelError(f"{str(file)!r} is no LoRA: its first tensor is {next(iter(sorted(tensors)), 'none')!r}")
+    if any(key.endswith(".dora_scale") for key in tensors):
+        raise ModelError(f"{str(file)!r} is a DoRA in kohya's layout, whose magnitudes diffusers leaves out: convert it first")
+    of_peft = all(key.startswith(PEFT) for key in tensors)
     with quiet():
         try:
-            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name, local_files_only=True)
+            if of_peft:
+                pipeline.load_lora_weights(_from_peft(pipeline, file, tensors), adapter_name=name)
+            else:
+                weights = {"weight_name": file.name, "local_files_only": True}
+                pipeline.load_lora_weights(str(file.parent), adapter_name=name, **weights)
         except (ValueError, KeyError, RuntimeError, TypeError) as error:
             _remove(pipeline, name)
             reason = " ".join(str(error).split())[:200]
@@ -112,6 +177,34 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
     if not _has(pipeline, name):
         raise ModelError(f"the LoRA {str(file)!r} matches no layer of this model: it was made for another one")
     return file
+
+
+def _find_file(path: Path) -> Path:
+    places = [path / FILE, path / PEFT_FILE] if path.is_dir() else [path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ModelError(f"no LoRA {str(path)!r}: give a .safetensors file, or a folder with {FILE} or {PEFT_FILE}")
+
+
+def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        raise ModelError(f"{str(file)!r} is no safetensors file that can be read: {error}") from None
+
+
+def _from_peft(pipeline: Any, file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return peft's own layout as diffusers reads it; its scale, which lies in another file, goes into the weights."""
+    try:
+        config = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
+        scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ModelError(f"{str(file)!r} is in peft's layout, and its {PEFT_CONFIG} cannot be read: {error}") from None
+    part = "transformer" if hasattr(pipeline, "transformer") else "unet"
+    scaled = {key: value * scale if ".lora_B." in key else value for key, value in tensors.items()}
+    return {f"{part}.{key.removeprefix(PEFT)}": value for key, value in scaled.items()}
 
 
 def _has(pipeline: Any, name: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from imagegen.families.conditioning import Conditions, encode_captions
 from imagegen.finetune.data import Item, find_bucket, fit_to_bucket, open_rgb
 from imagegen.weights import save_weights
 
@@ -42,14 +43,15 @@ class Cache:
     def latents(self, item: Item) -> torch.Tensor:
         """Return the mean and spread of a picture's latents, (2C, h, w) float32, scaled as the denoiser wants them."""
         bucket = find_bucket(item.size, self.buckets)
-        return self._find(self._path("latents", item.sha256, bucket), lambda: self._encode_picture(item, bucket))
+        found = self._find(self._path("latents", item.sha256, bucket), lambda: {"value": self._encode_picture(item, bucket)})
+        return found["value"]
 
-    def text(self, caption: str) -> torch.Tensor:
-        """Return a caption's embedding, (n, d) float32."""
+    def text(self, caption: str) -> Conditions:
+        """Return what the denoiser is told of a caption, float32 tensors without a batch's axis."""
         return self._find(self._path("text", caption), lambda: self._encode_text(caption))
 
     def fill(self, items: Iterable[Item], captions: Iterable[str], tell: Callable[[str, int, int], Any]) -> None:
-        """Compute what is missing."""
+        """Compute what is missing of pictures and captions."""
         pictures, texts = list(items), sorted(set(captions))
         for number, item in enumerate(pictures, 1):
             self.latents(item)
@@ -58,13 +60,13 @@ class Cache:
             self.text(caption)
             tell("encoding captions", number, len(texts))
 
-    def _find(self, path: Path, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _find(self, path: Path, compute: Callable[[], Conditions]) -> Conditions:
         try:
-            return load_file(path)["value"]
-        except (OSError, SafetensorError, KeyError):  # not there, or damaged
-            value = compute().float().contiguous().cpu()
-            save_weights(path, {"value": value}, {})
-            return value
+            return load_file(path)
+        except (OSError, SafetensorError):  # not there, or damaged
+            made = {name: value.float().contiguous().cpu() for name, value in compute().items()}
+            save_weights(path, made, {})
+            return made
 
     @torch.no_grad()
     def _encode_picture(self, item: Item, bucket: tuple[int, int]) -> torch.Tensor:
@@ -76,8 +78,8 @@ class Cache:
         return torch.cat([(found.mean - shift) * scale, found.std * scale], dim=1)[0]
 
     @torch.no_grad()
-    def _encode_text(self, caption: str) -> torch.Tensor:
-        return self.pipeline.encode_prompt(caption, self.pipeline.device, 1, False)[0][0]
+    def _encode_text(self, caption: str) -> Conditions:
+        return {name: value[0] for name, value in encode_captions(self.pipeline, [caption]).items()}
 
 
 def draw_latents(kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

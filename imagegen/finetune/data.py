@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from imagegen.licences import Licence, licence_named, licence_of, unknown
 from imagegen.receipt import CHUNK
 from imagegen.request import DataError
 
@@ -35,6 +36,7 @@ class Item:
         sha256: of the file.
         size: width and height in pixels, the camera's rotation applied.
         generator: what the file says made it; None for a picture that says nothing.
+        licence: of that generator; None without one.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class Item:
     sha256: str
     size: tuple[int, int]
     generator: str | None
+    licence: Licence | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Dataset:
             if item.generator:
                 found.setdefault(item.generator, []).append(item.path.name)
         return found
+
+    @property
+    def generators(self) -> set[tuple[str, Licence]]:
+        """What made those files, with its licence."""
+        return {(item.generator, item.licence) for item in self.items if item.generator and item.licence}
 
 
 def read_dataset(folder: str | Path) -> Dataset:
@@ -158,6 +166,7 @@ def _read_item(path: Path, text: str) -> Item:
             if frames > 1:
                 raise DataError(f"{path.name!r} is an animation of {frames} pictures: keep one of them")
             generator = find_generator(opened.info, content)
+            licence = find_licence(opened.info, generator) if generator else None
             size = ImageOps.exif_transpose(opened).size  # decodes it whole
     except DataError:
         raise
@@ -169,7 +178,7 @@ def _read_item(path: Path, text: str) -> Item:
         raise DataError(f"{path.name!r} is damaged or cut short: {error}") from None
     if min(size) < MIN_SIDE_PX:
         raise DataError(f"{path.name!r} has {size[0]}x{size[1]} pixels: {MIN_SIDE_PX} is the least side")
-    return Item(path, text, sha256(content).hexdigest(), size, generator)
+    return Item(path, text, sha256(content).hexdigest(), size, generator, licence)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -196,6 +205,18 @@ def find_generator(info: dict[Any, Any], content: bytes) -> str | None:
     if b"c2pa" in content and (b"trainedAlgorithmicMedia" in content or b"jumb" in content):
         return "a generator that signs with C2PA" if b"trainedAlgorithmicMedia" in content else None
     return None
+
+
+def find_licence(info: dict[Any, Any], generator: str) -> Licence:
+    """Return the licence of what made a picture: as our receipt says, or by the generator's name."""
+    if CHUNK in info:
+        try:
+            model = json.loads(info[CHUNK])["model"]
+            found = licence_named(model.get("licence"))
+            return found if found != unknown() else licence_of(f"{model.get('family')} {model.get('source')}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return unknown()
+    return licence_of(generator)
 
 
 def _notes(items: tuple[Item, ...]) -> Iterator[str]:

@@ -1,14 +1,14 @@
 """The training loop. Every draw is a function of the seed and the step, so that a killed run goes on bit for bit.
 
-Knows nothing of files of pictures: it takes encoded ones. accelerate spreads it over processes; each takes its
-part of every batch.
+Knows nothing of pictures or models: it takes losses, and the weights that each of them trains. accelerate
+spreads it over processes: each computes its part of every batch, and their gradients are averaged.
 """
 
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,76 +16,12 @@ from typing import Any
 import torch
 
 from imagegen.finetune.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from imagegen.finetune.objective import Objective
+from imagegen.finetune.recipe import Recipe
 from imagegen.request import DataError
 
 MAX_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class Example:
-    """One encoded picture with its caption.
-
-    Attributes:
-        latents: (2C, h, w), mean and spread.
-        text: (n, d).
-        weight: of its loss.
-        group: pictures of equal shape share one.
-    """
-
-    latents: torch.Tensor
-    text: torch.Tensor
-    weight: float
-    group: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How a training goes on.
-
-    Attributes:
-        num_steps: optimiser steps.
-        seed: of everything that is drawn.
-        batch_size: pictures of a step, over all processes.
-        accumulate: parts in which a step's batch is computed, to save memory.
-        learning_rate: after the warm-up.
-        warmup: steps over which the rate rises from 0.
-        clip: the largest norm of a gradient.
-        weight_decay: AdamW's.
-        ema: decay of the averaged weights, which are the result; 0 takes the last weights themselves.
-        save_every: steps between checkpoints.
-    """
-
-    num_steps: int
-    seed: int = 0
-    batch_size: int = 4
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    warmup: int = 20
-    clip: float = 1.0
-    weight_decay: float = 0.01
-    ema: float = 0.0
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            DataError: one is out of its range.
-        """
-        for name in ("num_steps", "batch_size", "accumulate", "save_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise DataError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
-        if not 0 <= self.ema < 1:
-            raise DataError(f"ema must be from 0 to below 1, got {self.ema!r}")
-        if not self.learning_rate > 0:
-            raise DataError(f"learning_rate must be above 0, got {self.learning_rate!r}")
-        if self.batch_size % self.accumulate:
-            raise DataError(f"batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
-
-    def rate_at(self, step: int) -> float:
-        """Return the learning rate of a step: a linear rise, then constant."""
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
+Chosen = Sequence[tuple[int, int]]
+"""Some pictures of a step's batch: each one's place in the whole batch, and its number in the data."""
 
 
 def seeded(*facts: int | str) -> torch.Generator:
@@ -94,15 +30,22 @@ def seeded(*facts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") & MAX_SEED)
 
 
-def batches(examples: Sequence[Example], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Yield an epoch's batches of equal shape, in a drawn order; a short one is filled up from its own group."""
+def batches(groups: Sequence[Any], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Yield an epoch's batches, each of one group, in a drawn order; a short one is filled up from its own group.
+
+    Args:
+        groups: of each example of the data; those of equal shape share one.
+        size: of a batch.
+        seed: of the order.
+        epoch: how often all were seen.
+    """
     chance = seeded(seed, "order", epoch)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index in torch.randperm(len(examples), generator=chance).tolist():
-        groups.setdefault(examples[index].group, []).append(index)
+    members: dict[Any, list[int]] = {}
+    for index in torch.randperm(len(groups), generator=chance).tolist():
+        members.setdefault(groups[index], []).append(index)
     made = []
-    for group in sorted(groups):
-        indices = groups[group]
+    for group in sorted(members):
+        indices = members[group]
         for start in range(0, len(indices), size):
             batch = indices[start : start + size]
             made.append([batch[position % len(batch)] for position in range(size)])
@@ -110,23 +53,74 @@ def batches(examples: Sequence[Example], size: int, seed: int, epoch: int) -> It
         yield made[number]
 
 
-def batch_of(examples: Sequence[Example], schedule: Schedule, step: int) -> list[int]:
+def batch_of(groups: Sequence[Any], size: int, seed: int, step: int) -> list[int]:
     """Return the batch of a step, whatever came before."""
-    sizes = Counter(example.group for example in examples)
-    epoch, number = divmod(step, sum(-(-size // schedule.batch_size) for size in sizes.values()))
-    return list(batches(examples, schedule.batch_size, schedule.seed, epoch))[number]
+    epoch, number = divmod(step, sum(-(-count // size) for count in Counter(groups).values()))
+    return list(batches(groups, size, seed, epoch))[number]
+
+
+@dataclass
+class Learner:
+    """Weights, and the loss that they are trained on.
+
+    Attributes:
+        name: in the log and in checkpoints.
+        weights: float32, changed in place.
+        loss_of: the mean loss of some pictures of a step.
+        turns: how often in a step they are trained, each time on a batch of its own.
+        rate: their learning rate beside the recipe's.
+        averages: of the weights, where the recipe asks for them.
+    """
+
+    name: str
+    weights: list[torch.Tensor]
+    loss_of: Callable[[int, Chosen], torch.Tensor]
+    turns: int = 1
+    rate: float = 1.0
+    averages: Sequence[torch.Tensor] = ()
+
+    def start(self, recipe: Recipe) -> None:
+        """Make the optimiser and the averages."""
+        settings = {"lr": recipe.rate_at(0), "weight_decay": recipe.weight_decay}
+        self.optimiser = torch.optim.AdamW(self.weights, foreach=False, **settings)
+        self.averages = [weight.detach().clone() for weight in self.weights] if recipe.ema else []
+
+    def state(self) -> dict[str, Any]:
+        """Return all of it for a checkpoint."""
+        weights = [weight.detach().cpu() for weight in self.weights]
+        return {"weights": weights, "averages": list(self.averages), "optimiser": self.optimiser.state_dict()}
+
+    @torch.no_grad()
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take a checkpoint's."""
+        for own, kept in ((self.weights, state["weights"]), (self.averages, state["averages"])):
+            for value, before in zip(own, kept, strict=True):
+                value.copy_(before)
+        self.optimiser.load_state_dict(state["optimiser"])
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Move the averages towards the weights."""
+        for average, weight in zip(self.averages, self.weights, strict=False):
+            average.lerp_(weight, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and averages, where there are any."""
+        for average, weight in zip(self.averages, self.weights, strict=False):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
 
 class Training:
-    """A training: what is trained, and where it stands."""
+    """A training: who learns, and where it stands."""
 
     def __init__(
         self,
-        denoiser: torch.nn.Module,
-        trained: list[torch.Tensor],
-        objective: Objective,
-        examples: Sequence[Example],
-        schedule: Schedule,
+        learners: Sequence[Learner],
+        groups: Sequence[Any],
+        recipe: Recipe,
         out: Path,
         facts: dict[str, Any],
         accelerator: Any,
@@ -134,21 +128,25 @@ class Training:
         """Start before the first step.
 
         Args:
-            denoiser: computes.
-            trained: its weights that change.
-            objective: of its scheduler.
-            examples: encoded.
-            schedule: how it goes on.
+            learners: in the order of their turns; the last one's loss is shown.
+            groups: of each example of the data.
+            recipe: how it goes on.
             out: for checkpoints.
-            facts: of data, model and settings: what a resume has to agree with.
+            facts: of data and model: what a resume has to agree with, beside the recipe's.
             accelerator: accelerate's.
+
+        Raises:
+            DataError: the batch cannot be shared out evenly.
         """
-        self.trained, self.objective, self.examples, self.schedule, self.out = trained, objective, examples, schedule, out
-        self.facts = facts | {name: value for name, value in asdict(schedule).items() if name not in ("num_steps", "save_every")}
-        self.accelerator = accelerator
-        optimiser = torch.optim.AdamW(trained, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, foreach=False)
-        self.denoiser, self.optimiser = accelerator.prepare(denoiser, optimiser)
-        self.averages = [weight.detach().clone() for weight in trained] if schedule.ema else []
+        self.learners, self.groups, self.recipe, self.out, self.accelerator = learners, groups, recipe, out, accelerator
+        self.facts = facts | recipe.facts() | {"num_processes": accelerator.num_processes}
+        if recipe.batch_size % (accelerator.num_processes * recipe.accumulate):
+            raise DataError(
+                f"batch_size {recipe.batch_size} must be a multiple of {accelerator.num_processes} processes "
+                f"times accumulate {recipe.accumulate}"
+            )
+        for learner in learners:
+            learner.start(recipe)
         self.step, self.loss = 0, math.nan
 
     def resume(self) -> None:
@@ -161,73 +159,59 @@ class Training:
         if not found:
             return
         self.step, state = load_checkpoint(found[-1], self.facts)
-        with torch.no_grad():
-            for weight, kept in zip(self.trained, state["weights"], strict=True):
-                weight.copy_(kept)
-            for average, kept in zip(self.averages, state["averages"], strict=True):
-                average.copy_(kept)
-        self.optimiser.load_state_dict(state["optimiser"])
+        for learner in self.learners:
+            learner.set_state(state[learner.name])
 
     def save(self) -> None:
         """Write a checkpoint."""
         if self.accelerator.is_main_process:
-            state = {"weights": [weight.detach().cpu() for weight in self.trained], "averages": self.averages}
-            save_checkpoint(self.out, self.step, state | {"optimiser": self.optimiser.state_dict()}, self.facts)
+            save_checkpoint(self.out, self.step, {own.name: own.state() for own in self.learners}, self.facts)
 
-    def run(self, tell: Callable[[int, int, float, float], Any]) -> None:
-        """Train until the last step; `tell` gets the step, how many there are, the loss and the steps a second."""
-        schedule, started, first = self.schedule, time.monotonic(), self.step
-        while self.step < schedule.num_steps:
-            self.loss = self.take_step()
+    def run(self, tell: Callable[["Training", float], Any]) -> None:
+        """Train until the last step; `tell` gets the training after each step, and the steps a second so far."""
+        started, first = time.monotonic(), self.step
+        while self.step < self.recipe.num_steps:
+            for learner in self.learners:
+                for turn in range(learner.turns):
+                    self.loss = self._teach(learner, self.step * learner.turns + turn)
             self.step += 1
-            if self.step % schedule.save_every == 0 or self.step == schedule.num_steps:
+            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.num_steps:
                 self.save()
-            tell(self.step, schedule.num_steps, self.loss, (self.step - first) / (time.monotonic() - started))
+            tell(self, (self.step - first) / (time.monotonic() - started))
 
-    def take_step(self) -> float:
-        """Take one optimiser step; return the mean loss of its batch."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.schedule.rate_at(self.step)
-        indices = batch_of(self.examples, self.schedule, self.step)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if len(indices) % (world * self.schedule.accumulate):
-            raise DataError(
-                f"batch_size {len(indices)} must be a multiple of {world} processes and {self.schedule.accumulate} parts"
-            )
-        mine = list(enumerate(indices))[rank::world]
-        size, whole = len(mine) // self.schedule.accumulate, 0.0
-        for part in range(self.schedule.accumulate):
-            chosen = mine[part * size : (part + 1) * size]
-            loss = self.loss_of(chosen) / self.schedule.accumulate
-            self.accelerator.backward(loss)
-            whole += float(loss.detach())
-        self.accelerator.clip_grad_norm_(self.trained, self.schedule.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self._average()
-        return whole
+    def _teach(self, learner: Learner, turn: int) -> float:
+        """Take one optimiser step; return the mean loss of its whole batch."""
+        for group in learner.optimiser.param_groups:
+            group["lr"] = self.recipe.rate_at(self.step) * learner.rate
+        world, rank, parts = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.accumulate
+        batch = batch_of(self.groups, self.recipe.batch_size, self.recipe.seed, turn)
+        mine = list(enumerate(batch))[rank::world]
+        size, whole = len(mine) // parts, torch.zeros((), device=learner.weights[0].device)
+        for part in range(parts):
+            with torch.autocast(whole.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+                loss = learner.loss_of(turn, mine[part * size : (part + 1) * size]) / parts
+            gradients = torch.autograd.grad(loss, learner.weights, allow_unused=True)
+            for weight, gradient in zip(learner.weights, gradients, strict=True):
+                if gradient is not None:
+                    weight.grad = gradient if weight.grad is None else weight.grad + gradient
+            whole += loss.detach()
+        if world > 1:
+            self._share_gradients(learner.weights)
+            whole = self.accelerator.reduce(whole, reduction="mean")
+        torch.nn.utils.clip_grad_norm_(learner.weights, self.recipe.clip)
+        learner.optimiser.step()
+        learner.optimiser.zero_grad(set_to_none=True)
+        learner.average(self.recipe.ema)
+        return float(whole)
 
-    def loss_of(self, chosen: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Return the weighted loss of pictures, each with its position in the step's batch."""
-        from imagegen.finetune.cache import draw_latents
+    def _share_gradients(self, weights: Sequence[torch.Tensor]) -> None:
+        """Average the gradients over all processes, in one message; every process uses the same weights."""
+        found = [weight.grad for weight in weights if weight.grad is not None]
+        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in found]), reduction="mean")
+        for gradient, mean in zip(found, flat.split([gradient.numel() for gradient in found]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
-        device = self.trained[0].device
-        chance = [seeded(self.schedule.seed, "noise", self.step, position) for position, _ in chosen]
-        picked = [self.examples[index] for _, index in chosen]
-        clean = torch.stack([draw_latents(example.latents, own) for example, own in zip(picked, chance, strict=True)]).to(device)
-        noised = self.objective.noise(clean, chance)
-        text = torch.stack([example.text for example in picked]).to(device)
-        output = self.denoiser(noised.latents, noised.times, encoder_hidden_states=text, return_dict=False)[0]
-        weights = noised.weights * torch.tensor([example.weight for example in picked], device=device)
-        return ((output.float() - noised.target.float()).square().mean(dim=(1, 2, 3)) * weights).mean()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        for average, weight in zip(self.averages, self.trained, strict=False):
-            average.lerp_(weight, 1 - self.schedule.ema)
-
-    @torch.no_grad()
     def finish(self) -> None:
         """Put the averaged weights in the trained ones' place, where there are any."""
-        for weight, average in zip(self.trained, self.averages, strict=False):
-            weight.copy_(average)
+        for learner in self.learners:
+            learner.swap()
