@@ -1,6 +1,7 @@
 """Training: its result is a function of data, model, settings and seed, whatever kills it on the way."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -14,6 +15,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import imagegen
 from imagegen import DataError, ModelError, cli
@@ -272,3 +276,118 @@ def test_twenty_kills_change_nothing(folder, trained, tmp_path):
             shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
     subprocess.run(command, check=True, capture_output=True)
     assert digest(tmp_path / adapters.FILE) == digest(trained.weights)
+
+
+def run_two(script, *arguments):
+    """Run a script in two processes by torchrun and return what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run([*command, *arguments], timeout=240, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_train_like_one(folder, trained, tmp_path):
+    """The same global batch in two parts: sums in another order, nothing else."""
+    arguments = ["finetune", str(folder), "--out", str(tmp_path), "--steps", "6", "--batch-size", "2"]
+    done = run_two(["-m", "imagegen"], *arguments, "--rank", "2", "--save-every", "2", "--seed", "3")
+    assert done.stderr.count("6/6 step, loss") == 1, "one process speaks"
+    alone, together = (load_file(path / adapters.FILE) for path in (trained.folder, tmp_path))
+    assert alone.keys() == together.keys()
+    size = max(value.abs().max() for value in alone.values())
+    assert max((alone[name] - together[name]).abs().max() for name in alone) < 1e-3 * size
+
+
+def test_validation_pictures_are_rendered_and_change_nothing(model, folder, trained, tmp_path):
+    settings = {"validation_prompts": ("a zorp number 1",), "validate_every": 3}
+    again = imagegen.finetune(model, folder, tmp_path, **SETTINGS | settings)
+    assert digest(again.weights) == digest(trained.weights)
+    found = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert found == ["000003-0.png", "000006-0.png"]
+    model.add_lora(again.weights)
+    try:
+        expected = model("a zorp number 1", seed=0).images[0]
+    finally:
+        model.remove_loras()
+    assert Image.open(tmp_path / "samples" / "000006-0.png").tobytes() == expected.tobytes()
+
+
+def test_averages_are_what_is_rendered_and_kept(model, folder, trained, tmp_path):
+    """After one step the average is decay of the first value and the rest of the trained one."""
+    kept = {}
+    for name, ema in (("plain", 0.0), ("averaged", 0.75)):
+        imagegen.finetune(model, folder, tmp_path / name, **SETTINGS | {"num_steps": 1, "ema": ema})
+        kept[name] = load_file(tmp_path / name / adapters.FILE)
+    ups = [name for name in kept["plain"] if ".up." in name]  # they begin at zero
+    assert ups and all(torch.allclose(kept["averaged"][name], 0.25 * kept["plain"][name], atol=1e-9) for name in ups)
+
+
+def test_less_memory_by_checkpointing_changes_no_bit(model, folder, trained, tmp_path):
+    made = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"gradient_checkpointing": True})
+    assert all(torch.equal(value, load_file(trained.weights)[name]) for name, value in load_file(made.weights).items())
+    assert not model.pipeline.unet.is_gradient_checkpointing
+
+
+def test_accumulation_is_a_larger_batch_in_parts(model, folder, trained, tmp_path):
+    made = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"accumulate": 2})
+    alone, parts = load_file(trained.weights), load_file(made.weights)
+    size = max(value.abs().max() for value in alone.values())
+    assert max((alone[name] - parts[name]).abs().max() for name in alone) < 1e-3 * size
+
+
+def test_bf16_goes_the_same_way_less_exactly(model, folder, trained, tmp_path):
+    made = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"precision": "bf16", "num_steps": 2})
+    same = imagegen.finetune(model, folder, tmp_path / "fp32", **SETTINGS | {"num_steps": 2})
+    assert made.loss != same.loss and abs(made.loss - same.loss) < 0.02 * same.loss
+    assert all(value.dtype == torch.float32 for value in load_file(made.weights).values())
+
+
+def test_a_tracker_of_accelerate_is_told_every_step(model, folder, tmp_path):
+    from accelerate.tracking import GeneralTracker, on_main_process
+
+    class Notes(GeneralTracker):
+        name, requires_logging_directory = "notes", False
+
+        def __init__(self):
+            super().__init__()
+            self.config, self.rows = {}, []
+
+        @property
+        def tracker(self):
+            return self.rows
+
+        @on_main_process
+        def store_init_configuration(self, values):
+            self.config = values
+
+        @on_main_process
+        def log(self, values, step=None, **_):
+            self.rows.append((step, values))
+
+    notes = Notes()
+    made = imagegen.finetune(model, folder, tmp_path, **SETTINGS, tracker=notes)
+    assert [step for step, _ in notes.rows] == [1, 2, 3, 4, 5, 6] and notes.rows[-1][1]["loss"] == made.loss
+    assert notes.config["rank"] == "2"
+    with pytest.raises(DataError, match="no tracker 'nothing' is installed"):
+        imagegen.finetune(model, folder, tmp_path / "other", **SETTINGS, tracker="nothing")
+
+
+def test_pictures_of_a_model_that_forbids_it_need_a_word(model, folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    info = PngInfo()
+    info.add_text("parameters", "a zorp\nSteps: 20, Sampler: Euler, Model: flux1-dev-fp8")
+    Image.open(data / "0.png").save(data / "0.png", pnginfo=info)
+    with pytest.raises(DataError, match=r"flux1-dev-fp8 is under FLUX\.1-dev-Non-Commercial.*--i-have-the-right"):
+        imagegen.finetune(model, data, tmp_path / "out", **SETTINGS)
+    assert not (tmp_path / "out").exists()
+    made = imagegen.finetune(model, data, tmp_path / "out", **SETTINGS | {"num_steps": 1}, i_have_the_right=True)
+    assert any("forbidden" in note for note in made.notes)
+    with safe_open(made.weights, "pt") as file:
+        base, generator = json.loads(file.metadata()["imagegen"])["licences"]
+    assert base["licence"] == "Apache-2.0" and generator["right"] == "the user says to have it"
+
+
+def test_an_unknown_setting_names_the_right_one(model, folder, tmp_path):
+    with pytest.raises(DataError, match="did you mean learning_rate"):
+        imagegen.finetune(model, folder, tmp_path, learning_rat=1e-3)

@@ -135,7 +135,8 @@ def follow(training: Training, model: "Model", tell: Callable[[str, int, int], A
     try:
         training.run(after_step)
     finally:
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not end_training(), which ends the processes' company too
+            tracker.finish()
 
 
 def render(model: "Model", prompts: Sequence[str], learner: Learner, out: Path, step: int) -> None:
