@@ -11,7 +11,7 @@ from imagegen.request import DataError, Error, ModelError, PlanError, ReceiptErr
 
 if TYPE_CHECKING:
     from imagegen.comparison import compare
-    from imagegen.finetune import finetune
+    from imagegen.finetune import distill, finetune
     from imagegen.model import Model, Step, load
     from imagegen.receipt import Receipt, read_receipt
     from imagegen.reference import Verdict, replay
@@ -33,6 +33,7 @@ _HOME = {
     "Step": "model",
     "Verdict": "reference",
     "compare": "comparison",
+    "distill": "finetune",
     "finetune": "finetune",
     "import_reference": "reference_set",
     "load": "model",
@@ -57,6 +58,7 @@ __all__ = [
     "Step",
     "Verdict",
     "compare",
+    "distill",
     "finetune",
     "import_reference",
     "load",

@@ -289,10 +289,8 @@ class Model:
 
     def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, Callable[[diffusion.OnStep | None], list[Any]]]:
         """Check everything before anything runs; a prompt too long for the text encoder warns."""
-        defaults = self._applied.default_settings()
-        given = {name for name in ("num_steps", "scheduler") if settings.get(name) is not None}
         said = {name: value for name, value in settings.items() if value is not None}
-        request = build_request(prompt, self.family, settings if given else defaults | said)
+        request = build_request(prompt, self.family, self._applied.default_settings(said) | said)
         noise = settings.get("noise")
         if noise is not None and not isinstance(noise, torch.Tensor):
             raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")

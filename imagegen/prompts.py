@@ -22,6 +22,12 @@ def confirm_prompts(family: str) -> list[str]:
     return list(_known().get(family, _known()["photo"])["confirm"])
 
 
+def training_prompts(family: str) -> tuple[str, ...]:
+    """Return prompts to distil on: captions of the embedded model's own training, or any there are for other kinds."""
+    file = Path(__file__).with_name(f"prompts-{family}.txt")
+    return tuple(read_prompts(file)) if file.exists() else (*search_prompts(family), *confirm_prompts(family))
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """Read a text file of prompts, one a line; empty lines and those that begin with # are left out.
 

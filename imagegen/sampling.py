@@ -1,5 +1,7 @@
-"""Noise per picture and schedulers by name. Knows nothing of pipelines or of what a model draws."""
+"""Noise per picture, schedulers by name, and noise levels. Knows nothing of pipelines or of what a model draws."""
 
+from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -62,3 +64,103 @@ def predicted_original(scheduler: Any, latents: torch.Tensor) -> torch.Tensor:
     keeps_original = config.get("algorithm_type") == "dpmsolver++" or config.get("predict_x0", False)
     outputs = getattr(scheduler, "model_outputs", None)
     return outputs[-1] if keeps_original and outputs and outputs[-1] is not None else latents
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels that a sampler goes through: latents are signal * clean + noise * standard normal.
+
+    Attributes:
+        kind: what the denoiser predicts: `epsilon`, `v_prediction` or `flow`.
+        times: (N,), as the denoiser takes them.
+        signal: (N + 1,), float64.
+        noise: (N + 1,), float64; the last level is clean.
+    """
+
+    kind: str
+    times: torch.Tensor
+    signal: torch.Tensor
+    noise: torch.Tensor
+
+    def jump(self, start: torch.Tensor, end: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a and b of the deterministic step from one level to another: end = a * latents + b * prediction.
+
+        Args:
+            start: (B,) numbers of levels.
+            end: (B,) numbers of levels, or one for all; -1 is the clean one.
+
+        Source: Song et al. (2021), https://arxiv.org/abs/2010.02502, equation 12; for flow matching it is Euler's step.
+        """
+        signal, noise = self.signal[start], self.noise[start]
+        to_signal, to_noise = self.signal[end], self.noise[end]
+        if self.kind == "flow":  # the prediction is noise - clean
+            first, second = torch.ones_like(noise), to_noise - noise
+        elif self.kind == "epsilon":
+            first = to_signal / signal
+            second = to_noise - to_signal * noise / signal
+        else:
+            first, second = to_signal * signal + to_noise * noise, to_noise * signal - to_signal * noise
+        return first.float(), second.float()
+
+
+def prediction_of(scheduler: Any) -> str:
+    """Return what the denoiser of a scheduler predicts: `epsilon`, `v_prediction`, `flow`, or another of diffusers' names."""
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    return "flow" if kind == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch") else kind
+
+
+def has_known_levels(scheduler: Any) -> bool:
+    """Return whether a scheduler steps without noise of its own over levels that `levels_of` can read."""
+    name = type(scheduler).__name__
+    if name == "DPMSolverMultistepScheduler":
+        return scheduler.config.algorithm_type == "dpmsolver++"
+    return name == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.get("use_dynamic_shifting")
+
+
+def make_deterministic(own: Any) -> Any:
+    """Return a scheduler of known levels: the model's own, or DPM++ of its configuration."""
+    if has_known_levels(own):
+        return make_scheduler(own, None)
+    if prediction_of(own) == "flow":
+        return type(own).from_config(own.config, use_dynamic_shifting=False)
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler.from_config(own.config, solver_order=2, timestep_spacing="trailing")
+
+
+def levels_of(scheduler: Any) -> Levels:
+    """Return the noise levels of a scheduler of `make_deterministic` whose steps are set."""
+    sigmas, kind = scheduler.sigmas.double().cpu(), prediction_of(scheduler)
+    signal = 1 - sigmas if kind == "flow" else 1 / (sigmas**2 + 1).sqrt()
+    noise = sigmas if kind == "flow" else sigmas * signal
+    return Levels(kind, scheduler.timesteps.cpu(), signal, noise)
+
+
+def follow_teacher(scheduler: Any, teacher_steps: int) -> None:
+    """Let a scheduler of `make_deterministic` take steps of first order, from the levels of a run of more steps.
+
+    A student that was distilled for N steps goes from every n-th level of its teacher's run to the next. A
+    number of steps that does not divide the teacher's is spaced as the scheduler would.
+
+    Args:
+        scheduler: of one run, changed in place; its steps are not set yet.
+        teacher_steps: of the run that the student learned from.
+    """
+    if "solver_order" in scheduler.config:
+        scheduler.register_to_config(solver_order=1)
+    own = scheduler.set_timesteps
+
+    @wraps(own)
+    def set_timesteps(num_inference_steps: int, *args: Any, **kwargs: Any) -> None:
+        if teacher_steps % num_inference_steps:
+            own(num_inference_steps, *args, **kwargs)
+            return
+        if kwargs.get("sigmas") is not None:
+            kwargs["sigmas"] = [1 - step / teacher_steps for step in range(teacher_steps)]
+        own(teacher_steps, *args, **kwargs)
+        every = teacher_steps // num_inference_steps
+        scheduler.timesteps = scheduler.timesteps[::every]
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:-1][::every], scheduler.sigmas[-1:]])
+        scheduler.num_inference_steps = num_inference_steps
+
+    scheduler.set_timesteps = set_timesteps

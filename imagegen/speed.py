@@ -9,7 +9,7 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -133,6 +133,7 @@ TIERS: dict[str, dict[str, Plan]] = {
     },
 }
 EXACT = Plan("exact")
+TURBO = Plan("turbo", ("student", "prompt-cache", "openvino"), named=False, measured="another model: see its own figures")
 
 
 def find_plan(plan: str | Plan, family: str) -> Plan:
@@ -145,10 +146,8 @@ def find_plan(plan: str | Plan, family: str) -> Plan:
         plan.build()
         return plan
     text = str(plan).strip()
-    if text == "exact":
-        return EXACT
-    if text == "turbo":
-        raise PlanError("turbo is a distilled model of its own, and this version has none for it: use fast")
+    if text in (EXACT.name, TURBO.name):
+        return EXACT if text == EXACT.name else TURBO
     tiers = TIERS.get(family, {})
     if text in tiers:
         return tiers[text]
@@ -160,7 +159,7 @@ def find_plan(plan: str | Plan, family: str) -> Plan:
     except PlanError as error:
         if "(" in text or "+" in text or text in LEVERS:
             raise
-        ways = ", ".join(["exact", *tiers, "a profile.json", "or levers joined by +"])
+        ways = ", ".join(["exact", *tiers, "turbo", "a profile.json", "or levers joined by +"])
         raise PlanError(f"unknown plan {text!r}: use {ways} ({', '.join(LEVERS)})") from error
     return found
 
@@ -202,7 +201,7 @@ class AppliedPlan:
         try:
             for lever in replace(self.plan, levers=self.plan.levers + self.memory).build():
                 reason = lever.requires(target)
-                if reason and self.plan.named and str(lever) not in self.memory:
+                if reason and (lever.essential or self.plan.named) and str(lever) not in self.memory:
                     raise PlanError(reason)
                 if reason:
                     self.left_out.append((lever, reason))
@@ -267,9 +266,9 @@ class AppliedPlan:
         for lever in self.levers:
             lever.advance(index, num_steps)
 
-    def default_settings(self) -> dict[str, Any]:
-        """Return the request settings that the plan changes where the user gave none."""
-        return {name: value for lever in self.levers for name, value in lever.default_settings().items()}
+    def default_settings(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Return the request settings that the plan changes, other than those that the user gave."""
+        return {name: value for lever in self.levers for name, value in lever.default_settings(given).items()}
 
     def report(self) -> list[dict[str, Any]]:
         """Return what each lever did, and why not."""

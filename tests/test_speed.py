@@ -122,8 +122,7 @@ def test_levers_that_cannot_be_read(text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("turbo", "distilled model.*use fast"),
-        ("warp", r"unknown plan 'warp': use exact, balanced, fast, a profile\.json, or levers joined by \+ \(threads, "),
+        ("warp", r"unknown plan 'warp': use exact, balanced, fast, turbo, a profile\.json, or levers joined by \+ \(threads, "),
         ("", "unknown plan ''"),
         ("step-cache + warp", "unknown lever 'warp'"),
         ("step-cache + ", "unknown lever ''"),

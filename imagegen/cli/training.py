@@ -1,4 +1,4 @@
-"""Commands that train: finetune."""
+"""Commands that train: finetune and distill."""
 
 import sys
 import time
@@ -31,7 +31,7 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
     alpha: Annotated[int | None, typer.Option(help="Scale of the LoRA; its rank by default.")] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Learn magnitudes too.")] = False,
-    convolutions: Annotated[bool, typer.Option("--convolutions", help="Put LoRAs on convolutions too.")] = False,
+    layers: Annotated[str, typer.Option(help="That get a LoRA: attention, convolutions (both), or all.")] = "attention",
     text_encoder: Annotated[bool, typer.Option("--text-encoder", help="Put a LoRA on the text encoder too.")] = False,
     min_snr: Annotated[float | None, typer.Option(help="Cap of the loss weights' signal-to-noise ratio.")] = None,
     ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 is none.")] = 0.0,
@@ -69,7 +69,7 @@ def finetune(
 
     made = train(
         loaded, checked, out, method=method, num_steps=steps, seed=seed, batch_size=batch_size, accumulate=accumulate,
-        learning_rate=learning_rate, rank=rank, alpha=alpha, dora=dora, convolutions=convolutions, text_encoder=text_encoder,
+        learning_rate=learning_rate, rank=rank, alpha=alpha, dora=dora, layers=layers, text_encoder=text_encoder,
         min_snr=min_snr, ema=ema, precision=precision, gradient_checkpointing=gradient_checkpointing,
         prior_prompts=tuple(prior or ()), prior_pictures=prior_pictures, validation_prompts=tuple(validation or ()),
         validate_every=validate_every, tracker=tracker, save_every=save_every, resume=resume,
@@ -77,6 +77,55 @@ def finetune(
     )  # fmt: skip
     if kohya is not None:
         adapters.export_kohya(made.weights, kohya)
+    _show(made, as_json)
+
+
+@app.command()
+def distill(
+    out: Annotated[Path, typer.Option(help="Gets the student's weights, checkpoints/ and cache/.")],
+    student_steps: Annotated[int, typer.Option(help="Of the student; must divide the teacher's.")] = 4,
+    lesson: Annotated[str, typer.Option(help="trajectory, consistency or distribution.")] = "trajectory",
+    teacher_steps: Annotated[int | None, typer.Option(help="Default: the family's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Of the teacher; the student has it built in. Default: the family's.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="What to learn on, one prompt a line.")] = None,
+    trajectories: Annotated[int, typer.Option(help="Runs of the teacher to learn from.")] = 1000,
+    method: Annotated[str, typer.Option(help="lora, or full weights.")] = "lora",
+    steps: Annotated[int, typer.Option(help="Optimiser steps in all.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures of a step, over all processes.")] = 16,
+    learning_rate: Annotated[float, typer.Option()] = 3e-4,
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 32,
+    validation: Annotated[list[str] | None, typer.Option(help="A prompt to render on the way; again for more.")] = None,
+    validate_every: Annotated[int, typer.Option(help="Steps between those.")] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    i_have_the_right: RightOption = False,
+    model: ModelOption = EMBEDDED,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Distil a model into a student that needs a few steps and no guidance.
+
+    Example: imagegen distill --out my-student --student-steps 4; then imagegen generate "a fox" --plan "student(file=my-student)"
+
+    --json: {"weights", "num_steps", "loss", "notes": [...]}
+    """
+    from imagegen.prompts import read_prompts
+
+    said = tuple(read_prompts(prompts)) if prompts else ()
+    check_writable(out)
+    loaded = load_model(model, device, dtype, "exact")
+    from imagegen.finetune import distill as train
+
+    made = train(
+        loaded, out, student_steps=student_steps, lesson=lesson, teacher_steps=teacher_steps, guidance=guidance, prompts=said,
+        num_trajectories=trajectories, method=method, num_steps=steps, seed=seed, batch_size=batch_size,
+        learning_rate=learning_rate, rank=rank, validation_prompts=tuple(validation or ()), validate_every=validate_every,
+        save_every=save_every, resume=resume, i_have_the_right=i_have_the_right, progress=_lines(),
+    )  # fmt: skip
     _show(made, as_json)
 
 

@@ -28,17 +28,19 @@ LAYER = re.compile(r"(?P<part>\w+)\.(?P<layer>.+?)\.(?:lora\.|lora_linear_layer\
 PEFT = "base_model.model."  # what peft itself puts before every name
 
 
-def find_layers(module: torch.nn.Module, *, convolutions: bool = False) -> list[str]:
+def find_layers(module: torch.nn.Module, kind: str = "attention") -> list[str]:
     """Return the names of the layers that a LoRA goes on: a denoiser's attention, or a CLIP text encoder's.
 
     Args:
         module: a denoiser, or a text encoder.
-        convolutions: a denoiser's convolutions too.
+        kind: `attention`; `convolutions`, for a denoiser's too; or `all` of its layers that multiply.
 
     Raises:
         DataError: it has no such layers.
     """
-    usual = ATTENTION + (CONVOLUTIONS if convolutions else ())
+    if kind == "all" and hasattr(module, "config") and not hasattr(module, "get_input_embeddings"):
+        return [name for name, layer in module.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    usual = ATTENTION + (CONVOLUTIONS if kind == "convolutions" else ())
     for names in (usual, TEXT_ATTENTION):
         if any(name.endswith(f".{names[0]}") for name, _ in module.named_modules()):
             return list(names)
@@ -193,6 +195,59 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except Exception as error:
         raise ModelError(f"{str(file)!r} is no safetensors file that can be read: {error}") from None
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return what a safetensors file says of itself, without reading its tensors.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except Exception as error:
+        raise ModelError(f"{str(file)!r} is no safetensors file that can be read: {error}") from None
+
+
+@torch.no_grad()
+def merge_file(module: torch.nn.Module, file: Path) -> None:
+    """Put trained weights into a denoiser: all of them, or a LoRA of ours, whose products are added.
+
+    Args:
+        module: changed in place; it may carry LoRAs, which stay.
+        file: of `save_adapter`, or full weights in diffusers' layout.
+
+    Raises:
+        ModelError: it does not fit.
+    """
+    tensors, metadata = _read(file)
+    adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    found = {name: LAYER.fullmatch(name) for name in tensors}
+    if not any(found.values()):
+        try:
+            module.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ModelError(f"{str(file)!r} does not fit this model: {' '.join(str(error).split())[:200]}") from None
+        return
+    for name, parts in found.items():
+        if parts is None:
+            raise ModelError(f"{str(file)!r} holds {name!r}, which cannot be merged: DoRA is not supported here")
+        if parts["way"] in ("down", "A"):
+            up = next(other for other, own in found.items() if own and own["layer"] == parts["layer"] and other != name)
+            scale = adapter[f"{parts['part']}.lora_alpha"] / adapter[f"{parts['part']}.r"]
+            _add_product(module, parts["layer"], tensors[up].float(), tensors[name].float(), scale, file)
+
+
+def _add_product(module: torch.nn.Module, layer: str, up: torch.Tensor, down: torch.Tensor, scale: float, file: Path) -> None:
+    """Add a LoRA's product to a layer's own weight."""
+    try:
+        own = module.get_submodule(layer)
+        weight = getattr(own, "base_layer", own).weight
+        product = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    except (AttributeError, RuntimeError) as error:
+        raise ModelError(f"{str(file)!r} does not fit this model: {layer}: {error}") from None
+    weight.add_((scale * product).to(weight))
 
 
 def _from_peft(pipeline: Any, file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,12 +2,10 @@
 
 `recipe` holds the settings, `data` reads and checks pictures with captions, `cache` encodes them once,
 `objective` and `denoising` say what a denoiser is trained on, `loop` trains, `checkpoint` keeps, `workplace`
-gives the model back as it was.
+gives the model back as it was; `distillation` makes a student of few steps.
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from imagegen.families import adapters
 from imagegen.families.conditioning import check_trainable
 from imagegen.finetune.cache import Cache
-from imagegen.finetune.checkpoint import list_checkpoints
 from imagegen.finetune.data import Dataset, make_buckets, read_dataset
 from imagegen.finetune.denoising import Example, denoising_loss
+from imagegen.finetune.distillation import distill
 from imagegen.finetune.loop import Learner, Training
 from imagegen.finetune.objective import objective_of
 from imagegen.finetune.recipe import Recipe, make_recipe
+from imagegen.finetune.trained import Tell, Trained, check_folder, silence
 from imagegen.finetune.workplace import FULL, Workplace, follow, start_accelerator
 from imagegen.licences import check_right, describe_right, licence_named
 from imagegen.request import DataError
@@ -29,26 +28,6 @@ if TYPE_CHECKING:
     from imagegen.model import Model
 
 PRIOR = "prior"
-Tell = Callable[[str, int, int], Any]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training made.
-
-    Attributes:
-        folder: its `--out`.
-        weights: the file of weights.
-        loss: of the last step.
-        num_steps: steps done.
-        notes: what should be known of the data and of licences.
-    """
-
-    folder: Path
-    weights: Path
-    loss: float
-    num_steps: int
-    notes: tuple[str, ...]
 
 
 def finetune(
@@ -83,12 +62,12 @@ def finetune(
     check_trainable(model.pipeline)
     dataset = data if isinstance(data, Dataset) else read_dataset(data)
     check_folder(out, resume)
-    rights, notes = check_licences(model, dataset, i_have_the_right)
+    rights, notes = _check_licences(model, dataset, i_have_the_right)
     objective = objective_of(model.pipeline.scheduler, recipe.min_snr)
     facts: dict[str, Any] = {"data_sha256": dataset.sha256, "num_pictures": len(dataset.items), "licences": rights}
     facts |= {"model_sha256": model.hashes, "family": model.family.name}
     accelerator = start_accelerator(model, recipe, out)
-    tell = progress if progress and accelerator.is_main_process else _silence
+    tell = progress if progress and accelerator.is_main_process else silence
     with accelerator.main_process_first():  # the others then find the cache filled
         examples = _encode(model, dataset, out, recipe, tell)
     with Workplace(model, recipe) as place:
@@ -106,21 +85,7 @@ def finetune(
     return Trained(out, weights, training.loss, training.step, (*dataset.notes, *notes))
 
 
-def _silence(*_: Any) -> None:
-    pass
-
-
-def check_folder(out: Path, resume: bool) -> None:
-    """Refuse a folder that holds a training, unless it goes on.
-
-    Raises:
-        DataError: it does.
-    """
-    if not resume and list_checkpoints(out):
-        raise DataError(f"{str(out)!r} holds another training's checkpoints: resume it, or choose another folder")
-
-
-def check_licences(model: "Model", dataset: Dataset, i_have_the_right: bool) -> tuple[list[dict[str, str]], list[str]]:
+def _check_licences(model: "Model", dataset: Dataset, i_have_the_right: bool) -> tuple[list[dict[str, str]], list[str]]:
     """Return what to record of the licences of the model and of what made the data, and what to say of them.
 
     Raises:
@@ -181,4 +146,4 @@ class _Callable(ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-__all__ = ["Recipe", "Trained", "finetune", "read_dataset"]
+__all__ = ["Recipe", "Trained", "distill", "finetune", "read_dataset"]

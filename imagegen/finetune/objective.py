@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from imagegen.request import DataError
+from imagegen.sampling import prediction_of
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,10 @@ def objective_of(scheduler: Any, min_snr: float | None = None) -> Objective:
         DataError: its prediction type is none that training knows, or `min_snr` does not fit it.
     """
     config = scheduler.config
-    kind = config.get("prediction_type", "epsilon")
-    flow = kind == "flow_prediction" or type(scheduler).__name__.startswith("FlowMatch")
+    kind = prediction_of(scheduler)
     if min_snr is not None and not min_snr > 0:
         raise DataError(f"min_snr must be above 0, got {min_snr!r}")
-    if flow:
+    if kind == "flow":
         if min_snr is not None:
             raise DataError(
                 "min_snr weighs the losses of noise and v prediction, and this model is of flow matching: leave it out"

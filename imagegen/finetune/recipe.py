@@ -8,6 +8,7 @@ from imagegen.request import DataError
 
 METHODS = ("lora", "full")
 PRECISIONS = ("fp32", "bf16")
+LAYERS = ("attention", "convolutions", "all")
 RATES = {"lora": 1e-4, "full": 1e-5}
 FREE = ("num_steps", "save_every", "validation_prompts", "validate_every", "tracker")  # may change at a resume
 
@@ -30,7 +31,7 @@ class Recipe:
         rank: of the LoRA.
         alpha: of the LoRA, whose output is scaled by alpha / rank; None is its rank.
         dora: learn magnitudes too. Source: Liu et al. (2024), https://arxiv.org/abs/2402.09353.
-        convolutions: put LoRAs on convolutions too.
+        layers: of the denoiser that get a LoRA: `attention`, `convolutions` (both), or `all` that multiply.
         text_encoder: put a LoRA on the text encoder too; its embeddings are then computed at every step.
         min_snr: cap of the loss weights' signal-to-noise ratio; None is no weighting.
         precision: of the denoiser's arithmetic while it is trained: `fp32`, or `bf16` by autocast; weights stay fp32.
@@ -57,7 +58,7 @@ class Recipe:
     rank: int = 8
     alpha: int | None = None
     dora: bool = False
-    convolutions: bool = False
+    layers: str = "attention"
     text_encoder: bool = False
     min_snr: float | None = None
     precision: str = "fp32"
@@ -78,7 +79,7 @@ class Recipe:
         for name in ("num_steps", "batch_size", "accumulate", "rank", "save_every", "prior_pictures", "validate_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise DataError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
-        for name, allowed in (("method", METHODS), ("precision", PRECISIONS)):
+        for name, allowed in (("method", METHODS), ("precision", PRECISIONS), ("layers", LAYERS)):
             if getattr(self, name) not in allowed:
                 raise DataError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if not 0 <= self.ema < 1:

@@ -9,7 +9,7 @@ import torch
 
 from imagegen.families import adapters
 from imagegen.families.diffusion import denoiser_of, quiet
-from imagegen.finetune.loop import Learner, Training
+from imagegen.finetune.loop import Training
 from imagegen.finetune.recipe import Recipe
 from imagegen.request import DataError
 from imagegen.weights import save_weights
@@ -57,7 +57,7 @@ class Workplace:
             DataError: a part has no layers for a LoRA.
         """
         recipe = self.recipe
-        layers = {name: adapters.find_layers(part, convolutions=recipe.convolutions) for name, part in self.parts.items()}
+        layers = {name: adapters.find_layers(part, recipe.layers) for name, part in self.parts.items()}
         self._plan = self.model.plan
         self.model.set_plan("exact")
         own = [weight for part in self.parts.values() for weight in part.parameters()]
@@ -121,8 +121,8 @@ def start_accelerator(model: "Model", recipe: Recipe, out: Path) -> Any:
     return accelerator
 
 
-def follow(training: Training, model: "Model", tell: Callable[[str, int, int], Any]) -> None:
-    """Run a training: show its progress, feed its tracker, render its validation prompts."""
+def follow(training: Training, model: "Model", tell: Callable[[str, int, int], Any], **settings: Any) -> None:
+    """Run a training: show its progress, feed its tracker, render its validation prompts with those settings."""
     recipe, accelerator = training.recipe, training.accelerator
 
     def after_step(state: Training, rate: float) -> None:
@@ -130,7 +130,7 @@ def follow(training: Training, model: "Model", tell: Callable[[str, int, int], A
         if recipe.tracker is not None:
             accelerator.log({"loss": state.loss, "learning_rate": recipe.rate_at(state.step - 1)}, step=state.step)
         if state.step % recipe.validate_every == 0 and accelerator.is_main_process:
-            render(model, recipe.validation_prompts, state.learners[-1], training.out, state.step)
+            render(model, recipe.validation_prompts, state, settings)
 
     try:
         training.run(after_step)
@@ -139,17 +139,17 @@ def follow(training: Training, model: "Model", tell: Callable[[str, int, int], A
             tracker.finish()
 
 
-def render(model: "Model", prompts: Sequence[str], learner: Learner, out: Path, step: int) -> None:
+def render(model: "Model", prompts: Sequence[str], training: Training, settings: dict[str, Any]) -> None:
     """Render the validation prompts as the model stands, with averages where there are any, each with its own seed.
 
     They are named `STEP-NUMBER.png`, and carry no receipt: what made them is not a model that could be loaded.
     """
-    folder = out / SAMPLES
+    folder, learner, step = training.out / SAMPLES, training.learners[-1], training.step
     folder.mkdir(parents=True, exist_ok=True)
     learner.swap()
     try:
         for number, prompt in enumerate(prompts):
-            made = model.generate(prompt, seed=number).images[0]
+            made = model.generate(prompt, seed=number, **settings).images[0]
             part = folder / f".{step:06}-{number}.part"
             made.save(part, "PNG")
             part.replace(folder / f"{step:06}-{number}.png")

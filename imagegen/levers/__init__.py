@@ -1,6 +1,6 @@
 """The levers by name. Plans put them together (`speed`); each module here holds one kind."""
 
-from imagegen.levers import blocks, compute, graphs, kernels, memory, parallel, steps
+from imagegen.levers import blocks, compute, graphs, kernels, memory, parallel, steps, student
 from imagegen.levers.lever import Lever, RunFacts, Target
 
 LEVERS: dict[str, type[Lever]] = {
@@ -8,6 +8,7 @@ LEVERS: dict[str, type[Lever]] = {
     for lever in (
         compute.Threads,
         steps.FewerSteps,
+        student.Student,
         compute.Bf16,
         compute.Fp16,
         compute.Int8Dynamic,

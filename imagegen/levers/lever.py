@@ -8,7 +8,7 @@ import ast
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -116,6 +116,7 @@ class Lever(ABC):
         exact: the pictures stay inside the noise floor by construction; others are measured.
         conflicts: names of the levers that it cannot be combined with; to say it in one of two is enough.
         moves_weights: a run leaves the weights, unchanged, in another place.
+        essential: a plan without it would be another plan: where it cannot engage, the plan is refused.
     """
 
     name: ClassVar[str]
@@ -123,6 +124,7 @@ class Lever(ABC):
     exact: ClassVar[bool] = False
     conflicts: ClassVar[frozenset[str]] = frozenset()
     moves_weights: ClassVar[bool] = False
+    essential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Start with nothing patched and nothing counted."""
@@ -154,8 +156,8 @@ class Lever(ABC):
         """Return what it did so far, from counters, in words; empty where it did nothing."""
         return ", ".join(f"{count} {what}" for what, count in self.counts.items() if count)
 
-    def default_settings(self) -> dict[str, Any]:
-        """Return the request settings that it changes where the user gave none."""
+    def default_settings(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Return the request settings that it changes, other than those that the user gave."""
         return {}
 
     def settings(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Which steps are computed follows a fixed schedule, never a threshold over the ba
 not depend on what it was made with.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -313,8 +313,10 @@ class FewerSteps(Lever):
     def apply(self, target: Target) -> None:
         """Change nothing of the model: defaults are the request's."""
 
-    def default_settings(self) -> dict[str, Any]:
-        """Return the steps, and the scheduler where one is named."""
+    def default_settings(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Return the steps, and the scheduler where one is named; nothing where the user gave either."""
+        if "num_steps" in given or "scheduler" in given:
+            return {}
         return {"num_steps": self.num_steps} | ({"scheduler": self.scheduler} if self.scheduler else {})
 
     def begin(self, run: RunFacts) -> None:

@@ -1,0 +1,109 @@
+"""The lever that is another model: a student distilled from this one, of few steps and no guidance."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from imagegen.families import adapters
+from imagegen.levers.compute import _OnACopy
+from imagegen.levers.lever import RunFacts, Target
+from imagegen.request import ModelError, RequestError
+from imagegen.sampling import follow_teacher, has_known_levels
+from imagegen.weights import hash_file, hash_weights
+
+FILE = "turbo.safetensors"
+
+
+@dataclass
+class Student(_OnACopy):
+    """Let a student that `distill` made compute, in its own number of steps and without guidance.
+
+    `file` is its LoRA or full weights, or the folder that `distill` wrote them to; a relative one that is not
+    there is looked for in the model's own folder.
+    """
+
+    file: str = FILE
+
+    name: ClassVar[str] = "student"
+    stage: ClassVar[int] = 0
+    essential: ClassVar[bool] = True
+    conflicts: ClassVar[frozenset[str]] = frozenset({"fewer-steps", "guidance-cache", "guidance-interval"})
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage."""
+        try:
+            file = self._find(target)
+            facts = read_facts(file)
+        except ModelError as error:
+            return str(error)
+        denoisers = {name: value for name, value in facts["model_sha256"].items() if name.startswith(("unet/", "transformer/"))}
+        own = hash_weights(Path(target.pipeline.name_or_path))
+        if any(own.get(name) != value for name, value in denoisers.items()):
+            return f"the student {str(file)!r} was distilled from other weights than this model's: distil it again"
+        if not has_known_levels(target.pipeline.scheduler):
+            kind = type(target.pipeline.scheduler).__name__
+            return f"the student steps over the levels of a DPM++ or flow-matching scheduler, and this model has {kind}"
+        return None
+
+    def _find(self, target: Target) -> Path:
+        for place in (Path(self.file), Path(target.pipeline.name_or_path or ".") / self.file):
+            files = (
+                [place] if place.is_file() else [place / name for name in (adapters.FILE, "diffusion_pytorch_model.safetensors")]
+            )
+            for file in files:
+                if file.is_file():
+                    return file
+        raise ModelError(f"no student {self.file!r}, here or in the model's folder: make one with imagegen distill")
+
+    def apply(self, target: Target) -> None:
+        """Put the student's weights into a copy of the denoiser."""
+        self.path = self._find(target)
+        self.facts = read_facts(self.path)
+        super().apply(target)
+
+    def change(self, worker: torch.nn.Module) -> None:
+        """Load what was trained into the copy."""
+        adapters.merge_file(worker, self.path)
+
+    def default_settings(self, given: Collection[str] = ()) -> dict[str, Any]:
+        """Return the student's own number of steps, and no guidance."""
+        own = {"num_steps": self.facts["student_steps"], "guidance": 1.0}
+        return {name: value for name, value in own.items() if name not in given}
+
+    def begin(self, run: RunFacts) -> None:
+        """Let the run step over the teacher's levels.
+
+        Raises:
+            RequestError: guidance or another scheduler was asked for.
+        """
+        if run.guided:
+            raise RequestError(
+                f"guidance must be 1 or left out with a student, which has its teacher's built in, got {run.guidance:g}"
+            )
+        if not has_known_levels(run.scheduler):
+            raise RequestError("scheduler must be left out with a student, which was distilled for its teacher's levels")
+        follow_teacher(run.scheduler, self.facts["teacher_steps"])
+
+    def engaged(self) -> str:
+        """Return what it did, and which file it was."""
+        done = super().engaged()
+        return f"{done} of {self.path.name}, sha256 {hash_file(self.path)[:16]}" if done else ""
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """Return what a student's file says of itself.
+
+    Raises:
+        ModelError: it is none.
+    """
+    try:
+        facts = json.loads(adapters.read_metadata(file)["imagegen"])
+        if isinstance(facts["student_steps"], int) and isinstance(facts["teacher_steps"], int) and facts["model_sha256"].items():
+            return facts
+    except (KeyError, ValueError, TypeError, AttributeError):
+        pass
+    raise ModelError(f"{str(file)!r} is no student that imagegen distill made: its file does not say how many steps it takes")
