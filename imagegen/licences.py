@@ -45,6 +45,14 @@ LICENCES = {
         ),
         Licence("MIT", ALLOWED, "no word on outputs", "https://opensource.org/license/mit", "2026-11-24", (r"hidream",)),
         Licence(
+            "CC-BY-SA-4.0", INHERITED, "what is made from the pictures names their authors and carries the same licence",
+            "https://creativecommons.org/licenses/by-sa/4.0/", "2026-11-24",
+        ),
+        Licence(
+            "CC-BY-4.0", INHERITED, "what is made from the pictures names their authors",
+            "https://creativecommons.org/licenses/by/4.0/", "2026-11-24",
+        ),
+        Licence(
             "CreativeML-OpenRAIL-M", INHERITED, _RAIL,
             "https://huggingface.co/spaces/CompVis/stable-diffusion-license", "2026-11-24",
             (r"stable.?diffusion.?v?1", r"(^|\W)sd.?1\.?[45]", r"v1-5-pruned"),
@@ -106,8 +114,14 @@ def describe_right(fact: dict[str, str]) -> str:
     return f"licence {fact['licence']}, {fact['kind']}{read}"
 
 
+def record(used: Iterable[tuple[str, Licence]]) -> list[dict[str, str]]:
+    """Return what to keep of the licences of what was used: `what`, `licence`, `kind`, `url` and `read`, sorted."""
+    found = sorted(set(used), key=lambda pair: (pair[0], pair[1].name))
+    return [{"what": what, "licence": own.name, "kind": own.kind, "url": own.url, "read": own.read} for what, own in found]
+
+
 def check_right(used: Iterable[tuple[str, Licence]], i_have_the_right: bool) -> list[dict[str, str]]:
-    """Return what to record of the models whose outputs are used, or refuse.
+    """Return what to record of the models whose outputs are learned from, or refuse.
 
     Args:
         used: what is used, in words, with its licence.
@@ -116,15 +130,12 @@ def check_right(used: Iterable[tuple[str, Licence]], i_have_the_right: bool) -> 
     Raises:
         DataError: a licence forbids the use, and nobody said to have the right.
     """
-    found = sorted(set(used), key=lambda pair: (pair[0], pair[1].name))
-    for what, licence in found:
+    used = list(used)
+    for what, licence in used:
         if licence.kind == FORBIDDEN and not i_have_the_right:
             raise DataError(
                 f"{what} is under {licence.name}: {licence.terms} ({licence.url}, read {licence.read}); leave it out, or "
                 "say that you have the right with i_have_the_right=True, in the shell --i-have-the-right, which is recorded"
             )
-    facts = [{"what": what, "licence": own.name, "kind": own.kind, "url": own.url, "read": own.read} for what, own in found]
-    for fact in facts:
-        if fact["kind"] == FORBIDDEN:
-            fact["right"] = "the user says to have it"
-    return facts
+    said = {"right": "the user says to have it"}
+    return [fact | (said if fact["kind"] == FORBIDDEN else {}) for fact in record(used)]

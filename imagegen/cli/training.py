@@ -44,6 +44,7 @@ def finetune(
     tracker: Annotated[str | None, typer.Option(help="One of accelerate's, such as tensorboard: into OUT/logs.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    data_licence: Annotated[str | None, typer.Option(help="Of the pictures, such as CC-BY-SA-4.0; recorded.")] = None,
     kohya: Annotated[Path | None, typer.Option(help="Write the LoRA in kohya's layout too, into this file.")] = None,
     i_have_the_right: RightOption = False,
     model: ModelOption = EMBEDDED,
@@ -73,7 +74,7 @@ def finetune(
         min_snr=min_snr, ema=ema, precision=precision, gradient_checkpointing=gradient_checkpointing,
         prior_prompts=tuple(prior or ()), prior_pictures=prior_pictures, validation_prompts=tuple(validation or ()),
         validate_every=validate_every, tracker=tracker, save_every=save_every, resume=resume,
-        i_have_the_right=i_have_the_right, progress=_lines(),
+        data_licence=data_licence, i_have_the_right=i_have_the_right, progress=_lines(),
     )  # fmt: skip
     if kohya is not None:
         adapters.export_kohya(made.weights, kohya)

@@ -21,7 +21,7 @@ from imagegen.finetune.objective import objective_of
 from imagegen.finetune.recipe import Recipe, make_recipe
 from imagegen.finetune.trained import Tell, Trained, check_folder, silence
 from imagegen.finetune.workplace import FULL, Workplace, follow, start_accelerator
-from imagegen.licences import check_right, describe_right, licence_named
+from imagegen.licences import check_right, describe_right, licence_named, record
 from imagegen.request import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def finetune(
     out: str | Path,
     *,
     resume: bool = False,
+    data_licence: str | None = None,
     i_have_the_right: bool = False,
     progress: Tell | None = None,
     **settings: Any,
@@ -47,6 +48,7 @@ def finetune(
         data: the folder, or what `read_dataset` made of it: `metadata.jsonl`, or `NAME.txt` beside `NAME.png`.
         out: gets the weights, `checkpoints/`, `cache/` and `samples/`.
         resume: go on from the last checkpoint in `out`.
+        data_licence: of the pictures, such as `CC-BY-SA-4.0`; recorded in the weights.
         i_have_the_right: to train on outputs of a model whose licence forbids it; recorded in the weights.
         progress: is told what is going on, the work done, and all of it.
         **settings: see `imagegen.finetune.Recipe`: `method`, `num_steps`, `seed`, `batch_size`, `learning_rate`,
@@ -62,7 +64,7 @@ def finetune(
     check_trainable(model.pipeline)
     dataset = data if isinstance(data, Dataset) else read_dataset(data)
     check_folder(out, resume)
-    rights, notes = _check_licences(model, dataset, i_have_the_right)
+    rights, notes = _check_licences(model, dataset, data_licence, i_have_the_right)
     objective = objective_of(model.pipeline.scheduler, recipe.min_snr)
     facts: dict[str, Any] = {"data_sha256": dataset.sha256, "num_pictures": len(dataset.items), "licences": rights}
     facts |= {"model_sha256": model.hashes, "family": model.family.name}
@@ -85,21 +87,20 @@ def finetune(
     return Trained(out, weights, training.loss, training.step, (*dataset.notes, *notes))
 
 
-def _check_licences(model: "Model", dataset: Dataset, i_have_the_right: bool) -> tuple[list[dict[str, str]], list[str]]:
+def _check_licences(
+    model: "Model", dataset: Dataset, data_licence: str | None, i_have_the_right: bool
+) -> tuple[list[dict[str, str]], list[str]]:
     """Return what to record of the licences of the model and of what made the data, and what to say of them.
 
     Raises:
         DataError: one forbids it, and nobody said to have the right.
     """
-    rights = check_right(dataset.generators, i_have_the_right)
-    notes = [
-        f"{len(dataset.generated[fact['what']])} pictures were made by {fact['what']}: {describe_right(fact)}" for fact in rights
-    ]
-    base = licence_named(model.licence)
-    return [
-        {"what": "the model itself", "licence": base.name, "kind": base.kind, "url": base.url, "read": base.read},
-        *rights,
-    ], notes
+    used = [("the model itself", licence_named(model.licence))]
+    used += [("the pictures", licence_named(data_licence))] if data_licence else []
+    generated = check_right(dataset.generators, i_have_the_right)
+    counts = {fact["what"]: len(dataset.generated[fact["what"]]) for fact in generated}
+    notes = [f"{counts[fact['what']]} pictures were made by {fact['what']}: {describe_right(fact)}" for fact in generated]
+    return [*record(used), *generated], notes
 
 
 def _encode(model: "Model", dataset: Dataset, out: Path, recipe: Recipe, tell: Tell) -> list[Example]:

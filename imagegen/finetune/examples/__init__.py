@@ -1,0 +1,1 @@
+"""Real trainings of the embedded model, each one command, with the figures that say whether it worked."""
