@@ -44,7 +44,7 @@ def test_a_tiny_bench_completes_after_a_kill(tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path), "--json"], capture_output=True, text=True, check=True)
     assert (tmp_path / bench.LOG).read_text().startswith(before), "what was measured stands"
     denoisers = [f"denoiser {name}" for name in ARCHITECTURES]
-    assert stages_in(tmp_path) == ["machine", "parts", "pictures step-cache(warmup=1)", "kernels", *denoisers]
+    assert stages_in(tmp_path) == ["machine", "parts", "pictures step-cache(warmup=1)", "training", "kernels", *denoisers]
     assert not any("failed" in row for row in json.loads(done.stdout)["stages"])
     report = check_report(tmp_path)
     assert report["tiny"] and {figure["kind"] for figure in report["figures"]} == {"measured", "skipped"}

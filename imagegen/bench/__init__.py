@@ -1,8 +1,8 @@
 """What this machine makes of every plan, kernel and denoiser: one command, one report.
 
 Each stage is a process of its own and appends a line to `bench.jsonl`; a second call skips what is there,
-whatever stopped the first. `pictures` measures whole ones, `denoiser` one step of models of known size
-with random weights, `gpu` our kernels, and `table` turns the log into the report.
+whatever stopped the first. `pictures` measures whole ones, `training` steps of a LoRA, `denoiser` one step of models
+of known size with random weights, `gpu` our kernels, and `table` turns the log into the report.
 """
 
 import json
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def stages(plans: Sequence[str], *, tiny: bool = False, device: str = "cpu", wit
     """Return the stages in order, each with what it needs to run alone."""
     found: list[dict[str, Any]] = [{"stage": "machine"}, {"stage": "parts"}]
     found += [{"stage": "pictures", "plan": plan} for plan in plans if plan != "exact"]
+    if find_spec("peft"):
+        found += [{"stage": "training"}]
     if tiny or device != "cpu":
         found += [{"stage": "kernels"}]
         found += [{"stage": "denoiser", "architecture": name} for name in ARCHITECTURES]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imagegen.bench import denoiser, gpu, pictures
+from imagegen.bench import denoiser, gpu, pictures, training
 from imagegen.profile import finite
 from imagegen.request import Error
 
@@ -13,6 +13,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "machine": pictures.measure_machine,
     "parts": pictures.measure_parts,
     "pictures": pictures.measure_pictures,
+    "training": training.measure_training,
     "kernels": gpu.measure_kernels,
     "denoiser": denoiser.measure_denoiser,
 }

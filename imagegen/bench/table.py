@@ -73,6 +73,13 @@ def _of_pictures(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield _figure(name, "stock diffusers in turn", row["stock_median_s"], "s")
 
 
+def _of_training(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for loop, found in row["loops"].items():
+        memory = "memory not known" if found["peak_gib"] is None else f"peak {found['peak_gib']:.2f} GiB"
+        note = f"{memory}; batch {row['batch']}" + (f", {row['ratio']:.2f} x plain in turn" if loop == "imagegen" else "")
+        yield _figure(name, f"a LoRA's step, {loop}", found["median_s"], "s", note=note)
+
+
 def _of_kernels(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for kernel, found in row["kernels"].items():
         if "skipped" in found:
@@ -98,6 +105,7 @@ FIGURES = {
     "machine": _of_machine,
     "parts": _of_parts,
     "pictures": _of_pictures,
+    "training": _of_training,
     "kernels": _of_kernels,
     "denoiser": _of_denoiser,
 }

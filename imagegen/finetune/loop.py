@@ -171,13 +171,17 @@ class Training:
         """Train until the last step; `tell` gets the training after each step, and the steps a second so far."""
         started, first = time.monotonic(), self.step
         while self.step < self.recipe.num_steps:
-            for learner in self.learners:
-                for turn in range(learner.turns):
-                    self.loss = self._teach(learner, self.step * learner.turns + turn)
-            self.step += 1
+            self.take_step()
             if self.step % self.recipe.save_every == 0 or self.step == self.recipe.num_steps:
                 self.save()
             tell(self, (self.step - first) / (time.monotonic() - started))
+
+    def take_step(self) -> None:
+        """Let every learner have its turns."""
+        for learner in self.learners:
+            for turn in range(learner.turns):
+                self.loss = self._teach(learner, self.step * learner.turns + turn)
+        self.step += 1
 
     def _teach(self, learner: Learner, turn: int) -> float:
         """Take one optimiser step; return the mean loss of its whole batch."""
