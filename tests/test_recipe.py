@@ -220,3 +220,69 @@ def test_every_concept_is_written_once():
     assert len(concepts) == 463
     assert len(set(concepts.values())) == len(concepts)
     assert slug("kiwi fruit") == "kiwi-fruit"
+
+
+def test_paraphrases_share_no_word_with_captions(monkeypatch, tmp_path):
+    import evaluate
+
+    rows = [{"name": "owl", "label": "owl", "tags": ["wise bird"]}, {"name": "tiger", "label": "tiger", "tags": ["predator"]}]
+    pairs = dict(evaluate.read_paraphrases(rows))
+    assert pairs == {"it hoots at night": "owl", "a striped jungle hunter": "tiger"}
+    with pytest.raises(SystemExit, match="'it hoots at night' says night, as captions of 'owl' do"):
+        evaluate.read_paraphrases([rows[0] | {"tags": ["bird of the night"]}, rows[1]])
+
+
+def test_frechet_distance_of_gaussians_whose_distance_is_known():
+    """Two Gaussians, independent axes: squared difference of means plus of spreads."""
+    from evaluate import frechet
+
+    chance = torch.Generator().manual_seed(0)
+    first = torch.randn(200_000, 2, generator=chance, dtype=torch.float64)
+    second = first * torch.tensor([2.0, 3.0]) + torch.tensor([1.0, 0.0])
+    assert frechet(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet(first, second) == pytest.approx(1 + 1 + 4, rel=0.02)
+
+
+class Reader(torch.nn.Module):
+    """A judge that knows three things by the colour of their middle."""
+
+    palette = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+
+    def forward(self, pictures):
+        return -torch.cdist(pictures[:, :, 28:36, 28:36].mean((2, 3)), self.palette)
+
+
+def place(canvas, centre, colour, size=50):
+    top, left = 64 + centre[0] - size // 2, 64 + centre[1] - size // 2
+    canvas[:, top : top + size, left : left + size] = torch.tensor(colour)[:, None, None]
+    return canvas
+
+
+def test_compositions_are_right_only_where_every_thing_is_in_its_place(monkeypatch):
+    import geneval
+    from scenes import Scene
+
+    monkeypatch.setattr(geneval, "TOP", 1)
+    names, red, green = ["apple", "pear", "sky"], (0.7, -0.65, -0.6), (-0.52, 0.36, -0.45)
+
+    def question(task, count=1, pairs=(), colours=(None, None), asked=("apple", "pear")):
+        return geneval.Question(task, "", asked, colours, count, pairs, Scene((), "white", (0, 0)))
+
+    def right(asked, canvas):
+        return geneval.answer(asked, canvas, Reader(), names)
+
+    white = torch.ones(3, 128, 128)
+    pair = place(place(white.clone(), (0, -31), red), (0, 31), green)
+    assert right(question("two objects", pairs=geneval.PAIRS), pair)
+    assert right(question("position", pairs=geneval.PAIRS[:1]), pair)
+    assert not right(question("position", pairs=geneval.PAIRS[1:2]), pair), "the other way round"
+    assert not right(question("two objects", pairs=geneval.PAIRS), place(white.clone(), (0, -31), red)), "one is missing"
+    assert right(question("colour attribution", pairs=geneval.PAIRS, colours=("red", "green")), pair)
+    assert not right(question("colour attribution", pairs=geneval.PAIRS, colours=("green", "red")), pair)
+    three = white.clone()
+    for centre in geneval.LAYOUTS[3]:
+        place(three, centre, red)
+    assert right(question("counting", count=3, asked=("apple",)), three)
+    assert not right(question("counting", count=2, asked=("apple",)), three)
+    assert not right(question("counting", count=3, asked=("pear",)), three)
+    assert geneval.colour_of(place(white.clone(), (0, 0), (0.8, -0.6, -0.6))) == "red" and geneval.colour_of(white) is None

@@ -2,9 +2,13 @@
 
 What is measured, each by its own function:
 
-- concepts: does the judge (`judge.py`) recognise `a NAME`, one picture of each of 200 fixed concepts;
+- concepts: does the judge (`judge.py`) recognise `a NAME`, one picture of each of 400 fixed concepts;
 - backgrounds: is the border of `a NAME on a COLOUR background` nearest to COLOUR;
 - autoencoder: PSNR of real pictures that it never saw, and whether the judge still recognises them;
+- paraphrases: does the judge recognise what `paraphrases.txt` describes in words that no caption of it holds;
+- styles: does the judge of styles (`styles.py`) see the style asked for;
+- compositions: two objects, counts, positions, colours, by `geneval.py`;
+- fréchet: distance of the made pictures' features from those of Twemoji's, with other real pictures as the yardstick;
 - nearest: how far the pictures are from the nearest training picture, with real unseen pictures as the yardstick.
 
 Writes `evaluation.json`, labelled contact sheets (a red label: the judge said something else) and a sheet
@@ -16,37 +20,40 @@ import argparse
 import itertools
 import json
 import random
+import re
 import time
 from pathlib import Path
 
 import torch
 from build_data import default_work
-from captions import with_article
+from captions import telling_tags, with_article
 from diffusers import DiffusionPipeline
+from geneval import ask, score
 from judge import Judge, accuracy, judge_pictures, load_judge, unseen_pictures
 from pictures import BACKGROUNDS, CANVAS_PX, Pictures, psnr_db
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from scenes import Colours, Scenes
+from sheets import contact_sheet, write_sheets
+from styles import STYLES, load_style_judge
 from torch.nn import functional as F
 
-NUM_CONCEPTS = 200
+NUM_CONCEPTS = 400
+NUM_STYLE_CONCEPTS = 25
+FUNCTION_WORDS = set(re.findall(r"\w+", "a an the of for in on to with and that by it its at up from into like one when what off out"))
 NUM_BACKGROUND_CONCEPTS = 5
-NUM_BLIND = 30
 NUM_STEPS = 20
 GUIDANCE = 4.0
 BATCH = 10
 BORDER_PX = 3  # inside the margin that every training picture leaves free
 SMALL_PX = 32  # where distances to training pictures are taken
 SHIFT_PX = 5  # training pictures were drawn so far off the centre: a copy may be, too
-LABEL_PX = 16
-PAGE = 50  # pictures on one contact sheet
 
 
 def sample_concepts(names: list[str], num_concepts: int) -> list[str]:
-    """Return the first `num_concepts` of the fixed sample of 200 concepts."""
-    return random.Random(0).sample(sorted(names), NUM_CONCEPTS)[:num_concepts]
+    """Return the first `num_concepts` of the fixed sample of 400 concepts."""
+    return random.Random(0).sample(sorted(names), min(NUM_CONCEPTS, len(names)))[:num_concepts]
 
 
 @torch.no_grad()
@@ -177,34 +184,87 @@ def measure_nearest(work: Path, names: list[str], wanted: list[str], pictures: t
     return figures
 
 
-def contact_sheet(pictures: torch.Tensor, labels: list[str], columns: int, right: list[bool] | None = None) -> Image.Image:
-    """Lay pictures, (B, 3, 128, 128) uint8, out in rows, each above its label; red where `right` is false."""
-    rows, cell = -(-len(pictures) // columns), CANVAS_PX + 4
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + LABEL_PX)), (235, 235, 235))
-    pen = ImageDraw.Draw(sheet)
-    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        left, top = index % columns * cell + 2, index // columns * (cell + LABEL_PX) + 2
-        sheet.paste(Image.fromarray(picture.permute(1, 2, 0).numpy()), (left, top))
-        size = 12
-        while size > 6 and ImageFont.load_default(size).getlength(label) > CANVAS_PX:
-            size -= 1
-        colour = (0, 0, 0) if right is None or right[index] else (200, 0, 0)
-        middle = (left + CANVAS_PX // 2, top + CANVAS_PX + LABEL_PX // 2)
-        pen.text(middle, label, colour, ImageFont.load_default(size), anchor="mm")
-    return sheet
+def read_paraphrases(rows: list[dict]) -> list[tuple[str, str]]:
+    """Return the prompts of `paraphrases.txt` with their concepts.
+
+    Args:
+        rows: of the training's pictures.
+
+    Raises:
+        SystemExit: a prompt holds a word that captions of its concept hold.
+    """
+    lines = (Path(__file__).parent / "paraphrases.txt").read_text().splitlines()
+    pairs = [tuple(part.strip() for part in line.split("=")) for line in lines if line and not line.startswith("#")]
+    words = {row["name"]: set() for row in rows}
+    for row in rows:
+        words[row["name"]] |= words_of(" ".join([row["name"], row["label"], *row["tags"]]))
+    for prompt, name in pairs:
+        common = words_of(prompt) & words.get(name, set()) - FUNCTION_WORDS
+        if common:
+            raise SystemExit(f"paraphrases.txt: {prompt!r} says {', '.join(sorted(common))}, as captions of {name!r} do")
+    return [(prompt, name) for prompt, name in pairs if name in words]
 
 
-def write_sheets(out: Path, wanted: list[str], concepts: dict, made: torch.Tensor) -> None:
-    """Write the labelled pages `concepts-K.png` and, for people to name, `blind.png` with `blind_key.json`."""
-    for page, start in enumerate(range(0, len(wanted), PAGE)):
-        names, judged = wanted[start : start + PAGE], concepts["judged"][start : start + PAGE]
-        labels = [name if name == seen else f"{name} ({seen}?)" for name, seen in zip(names, judged, strict=True)]
-        right = [name == seen for name, seen in zip(names, judged, strict=True)]
-        contact_sheet(made[start : start + PAGE], labels, 10, right).save(out / f"concepts-{page + 1}.png")
-    order = random.Random(1).sample(range(len(wanted)), min(NUM_BLIND, len(wanted)))
-    contact_sheet(made[order], [str(number + 1) for number in range(len(order))], 6).save(out / "blind.png")
-    key = {str(number + 1): wanted[index] for number, index in enumerate(order)}
-    (out / "blind_key.json").write_text(json.dumps(key, indent=1))
+def words_of(text: str) -> set[str]:
+    """Return the words of a text in small letters."""
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def measure_paraphrases(work: Path, judge: Judge, names: list[str], pipeline: DiffusionPipeline, limit: int | None) -> dict:
+    """Judge one picture of every paraphrase."""
+    pairs = read_paraphrases(Pictures(work, ("concept",)).rows)[:limit]
+    made = generate(pipeline, [prompt for prompt, _ in pairs], "paraphrases")
+    return {"num": len(pairs)} | measure_concepts(judge, names, [name for _, name in pairs], made)
+
+
+def measure_styles(work: Path, pipeline: DiffusionPipeline, wanted: list[str], limit: int | None) -> dict:
+    """Say how often the style asked for is the one that the judge of styles sees."""
+    judge, facts = load_style_judge(work)
+    pairs = [(name, style) for name in wanted[:NUM_STYLE_CONCEPTS] for style in STYLES][:limit]
+    made = generate(pipeline, [f"{with_article(name)}, {style} style" for name, style in pairs], "styles")
+    seen = judge_pictures(judge, to_unit(made)).argmax(1).tolist()
+    right = [STYLES[index] == style for index, (_, style) in zip(seen, pairs, strict=True)]
+    return {"num": len(pairs), "accuracy": round(sum(right) / len(right), 4), "judge_accuracy": facts["accuracy"]}
+
+
+def measure_compositions(work: Path, judge: Judge, names: list[str], pipeline: DiffusionPipeline, limit: int | None) -> dict:
+    """Return the share of right pictures of every task, of the model's and of real scenes of the same prompts."""
+    pictures = Pictures(work, ("concept",))
+    scenes = Scenes(pictures, Colours(pictures), telling_tags(pictures.rows))
+    questions = ask(scenes)[:: 1 if limit is None else 25]
+    made = to_unit(generate(pipeline, [question.prompt for question in questions], "compositions"))
+    real = [scenes.paint(question.scene) for question in questions]
+    found = {"made": score(questions, list(made), judge, names), "real": score(questions, real, judge, names)}
+    return found | {"num": len(questions)}
+
+
+@torch.no_grad()
+def frechet(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the Fréchet distance of two sets of features, (N, D), as Gaussians.
+
+    Source: Heusel et al. (2017), https://arxiv.org/abs/1706.08500, equation 6; the trace of the root of a product of
+    covariances is the sum of the roots of its eigenvalues.
+    """
+    first, second = first.double(), second.double()
+    roots = torch.linalg.eigvals(first.T.cov() @ second.T.cov()).real.clamp(min=0).sqrt().sum()
+    means = (first.mean(0) - second.mean(0)).square().sum()
+    return float(means + first.T.cov().trace() + second.T.cov().trace() - 2 * roots)
+
+
+def measure_frechet(work: Path, judge: Judge, names: list[str], made: torch.Tensor) -> dict:
+    """Compare the judge's features of made pictures, (B, 3, 128, 128) uint8, with those of Twemoji's of the same concepts."""
+    unseen, _ = unseen_pictures(work, names)
+    training = Pictures(work, ("concept",))
+    ours = [index for index, row in enumerate(training.rows) if row["set"] == "fluent"]
+    sets = {"made": to_unit(made), "fluent": torch.stack([training.canvas(index) for index in ours])}
+    target = features_of(judge, unseen)
+    return {name: round(frechet(features_of(judge, pictures), target), 3) for name, pictures in sets.items()}
+
+
+@torch.no_grad()
+def features_of(judge: Judge, canvases: torch.Tensor) -> torch.Tensor:
+    """Return what the judge's last layer sees of canvases (B, 3, 128, 128) in [-1, 1]: (B, 256)."""
+    return torch.cat([judge.features(F.avg_pool2d(part, 2)) for part in canvases.split(64)])
 
 
 def print_table(report: dict) -> None:
@@ -221,6 +281,13 @@ def print_table(report: dict) -> None:
     table.add_row("autoencoder, Twemoji", f"{vae['unseen_db']:.2f} dB ({vae['unseen_num']} pictures)")
     for place, found in report["nearest"].items():
         table.add_row(f"nearest training picture, {place}", f"median {found['median']:.4f}, minimum {found['minimum']:.4f}")
+    table.add_row(f"paraphrases, {report['paraphrases']['num']}", f"top-5 {report['paraphrases']['top5']:.1%}")
+    styles = report["styles"]
+    table.add_row(f"style obeyed, {styles['num']}", f"{styles['accuracy']:.1%} (its judge {styles['judge_accuracy']:.1%})")
+    for task, share in report["compositions"]["made"].items():
+        table.add_row(task, f"{share:.1%} (real scenes {report['compositions']['real'][task]:.1%})")
+    frechet = report["frechet"]
+    table.add_row("Fréchet distance from Twemoji", f"{frechet['made']:.2f} (Fluent's {frechet['fluent']:.2f})")
     table.add_row("one picture", f"{report['settings']['seconds_per_picture']:.2f} s")
     Console(width=90).print(table)
 
@@ -249,6 +316,10 @@ def evaluate(model: Path, work: Path, out: Path, num_concepts: int) -> dict:
         "backgrounds": backgrounds | {"wanted": [list(pair) for pair in pairs]},
         "autoencoder": measure_autoencoder(pipeline.vae, judge, names, work, limit),
         "nearest": measure_nearest(work, names, wanted, made),
+        "paraphrases": measure_paraphrases(work, judge, names, pipeline, limit),
+        "styles": measure_styles(work, pipeline, wanted, limit),
+        "compositions": measure_compositions(work, judge, names, pipeline, limit),
+        "frechet": measure_frechet(work, judge, names, made),
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "evaluation.json").write_text(json.dumps(report, indent=1))
@@ -264,6 +335,6 @@ if __name__ == "__main__":
     parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parent.parent)
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--out", type=Path, help="default: evaluation/ in the work folder")
-    parser.add_argument("--concepts", type=int, default=NUM_CONCEPTS, help="fewer than 200: a smoke run")
+    parser.add_argument("--concepts", type=int, default=NUM_CONCEPTS, help="fewer than 400: a smoke run")
     arguments = parser.parse_args()
     evaluate(arguments.model, arguments.work, arguments.out or arguments.work / "evaluation", arguments.concepts)
