@@ -18,15 +18,16 @@ import torch
 
 from imagegen import profile as profiles
 from imagegen import receipt as receipts
-from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, Family, embedded_folder, family_of
+from imagegen.catalog import EMBEDDED, FAMILIES, Family, card_of, embedded_folder, family_of
 from imagegen.families import adapters, diffusion
+from imagegen.families.arguments import is_guided
 from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
 from imagegen.levers import RunFacts
 from imagegen.measure import environment, machine_of
 from imagegen.request import ModelError, PlanError, Request, RequestError, build_request
 from imagegen.result import Picture, Result
 from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
-from imagegen.weights import hash_file, hash_weights
+from imagegen.weights import hash_file, hash_weights, stored_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,6 +47,8 @@ class Settings(TypedDict, total=False):
     image: "Image | str | Path | None"
     strength: float | None
     mask: "Image | str | Path | None"
+    margins: tuple[int, int, int, int] | None
+    true_guidance: float | None
     noise: torch.Tensor | None
 
 
@@ -278,7 +281,7 @@ class Model:
 
     def notice_about(self, prompt: str) -> str | None:
         """Return what `generate` will warn of: the end of a prompt that the text encoder will not read, or None."""
-        limit, cut = diffusion.cut_text(self.pipeline, prompt)
+        limit, cut = diffusion.cut_text(self.pipeline, prompt, self.family.chat)
         return f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
 
     def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, Callable[[diffusion.OnStep | None], list[Any]]]:
@@ -293,12 +296,12 @@ class Model:
         notice = self.notice_about(request.prompt)
         if notice:
             warnings.warn(notice, stacklevel=4)
-        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, noise))
+        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise))
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:
         """Let the plan's levers follow a run, in whatever thread it is computed."""
         num_steps = int(request.num_steps * (request.strength or 1.0))
-        facts = RunFacts(request.guidance > 1, num_steps, request.guidance, run.scheduler, run.generators)
+        facts = RunFacts(is_guided(request, self.family), num_steps, request.guidance, run.scheduler, run.generators)
 
         def followed(on_step: diffusion.OnStep | None) -> list[Any]:
             applied = self._applied  # the plan when the run begins, which may be later than its request
@@ -350,7 +353,7 @@ class Model:
         return Result([Picture(*pair) for pair in zip(images, receipts_of, strict=True)], elapsed_s)
 
     def _receipt(self, request: Request, image: "Image", given_noise: bool) -> receipts.Receipt:
-        card = CARDS.get(self.source)
+        card = card_of(self.source)
         return receipts.Receipt(
             version=receipts.VERSION,
             request=receipts.describe_request(request, given_noise),
@@ -398,13 +401,17 @@ def load(
     pipeline_class = diffusion.read_index(folder)["_class_name"]
     if folder.resolve() == embedded_folder().resolve():
         name = EMBEDDED
-    family = family_of(name, pipeline_class)
+    family = family_of(name, pipeline_class) or diffusion.family_of_class(pipeline_class)
     if family is None:
         known = sorted({known.pipeline for known in FAMILIES.values()})
-        raise ModelError(f"{name!r} is a {pipeline_class}, which this version does not run: it runs {', '.join(known)}")
+        raise ModelError(
+            f"{name!r} is a {pipeline_class}, which this version does not run: it runs {', '.join(known)}, "
+            "and any other class of diffusers that makes a picture from a prompt"
+        )
+    if stored_dtype(folder) == "F32":
+        family = replace(family, reference_dtype="float32")  # no reference is coarser than the weights it comes from
     pipeline = diffusion.load_pipeline(folder, chosen_device, _find_dtype(dtype, chosen_device, family))
-    size = diffusion.native_size(pipeline)
-    model = Model(name, folder, replace(family, size_px=size) if size else family, pipeline, memory_gib)
+    model = Model(name, folder, diffusion.describe(pipeline, family), pipeline, memory_gib)
     if plan != "exact":
         model.set_plan(plan)
     return model

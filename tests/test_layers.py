@@ -10,6 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "imagegen"
 ORDER = [
     "request",
+    "canvas",
+    "cards",
     "catalog",
     "receipt",
     "result",
@@ -38,7 +40,20 @@ ORDER = [
     "cli",
     "__main__",
 ]
-NO_TORCH = ["request", "catalog", "receipt", "result", "weights", "profile", "prompts", "report", "measure", "cli"]
+NO_TORCH = [
+    "request",
+    "canvas",
+    "cards",
+    "catalog",
+    "receipt",
+    "result",
+    "weights",
+    "profile",
+    "prompts",
+    "report",
+    "measure",
+    "cli",
+]
 
 
 def modules():
