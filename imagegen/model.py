@@ -24,13 +24,16 @@ from imagegen.families.arguments import is_guided
 from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
 from imagegen.levers import RunFacts
 from imagegen.measure import environment, machine_of
-from imagegen.request import ModelError, PlanError, Request, RequestError, build_request
+from imagegen.request import ModelError, PlanError, Request, RequestError, build_request, open_picture
 from imagegen.result import Picture, Result
 from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
 from imagegen.weights import hash_file, hash_weights, stored_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+VARIATIONS = {"subtle": 0.4, "strong": 0.75}  # how much of the picture is repainted
 
 
 class Settings(TypedDict, total=False):
@@ -239,7 +242,9 @@ class Model:
             prompt: what to draw.
             **settings: `seed`, `num_images`, `num_steps`, `guidance` (1 is off), `negative_prompt`,
                 `width`, `height` (pixels), `scheduler`; `image` with `strength` repaints a picture,
-                `mask` only where it is white; `noise` (B, C, h, w) of unit variance replaces the
+                `mask` only where it is white, `margins` (left, right, top, bottom) around it; an editing
+                model takes `image` alone; `true_guidance` adds guidance in two passes where `guidance` is
+                an input of the model; `noise` (B, C, h, w) of unit variance replaces the
                 noise that the seeds would draw.
 
         Raises:
@@ -248,6 +253,87 @@ class Model:
         return self.run(prompt, None, **settings)
 
     __call__ = generate
+
+    def vary(
+        self,
+        picture: "Picture | Image | str | Path",
+        *,
+        strength: str | float = "subtle",
+        prompt: str | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Make variations of a picture: the same scene, drawn anew in part.
+
+        Args:
+            picture: one of a result's `pictures`, a PIL picture or a path.
+            strength: `subtle`, `strong`, or how much is repainted, above 0 to 1.
+            prompt: what it shows; by default what a picture of a result, or its PNG, remembers; without any, nothing.
+            **settings: as for `generate`.
+
+        Raises:
+            RequestError: a setting is wrong, or the family has no image-to-image.
+        """
+        image, words = _open_remembered(picture, prompt)
+        if isinstance(strength, str) and strength not in VARIATIONS:
+            raise RequestError(f"strength must be {' or '.join(VARIATIONS)}, or above 0 and at most 1, got {strength!r}")
+        amount = VARIATIONS[strength] if isinstance(strength, str) else strength
+        return self.generate(words, image=image, strength=amount, **settings)
+
+    def upscale(
+        self,
+        picture: "Picture | Image | str | Path",
+        factor: float = 2,
+        *,
+        strength: float = 0.3,
+        prompt: str | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Make a larger picture: resized, then drawn once more at low strength.
+
+        Args:
+            picture: as for `vary`.
+            factor: of width and height, above 1 to 8.
+            strength: how much is repainted.
+            prompt: as for `vary`.
+            **settings: as for `generate`.
+
+        Raises:
+            RequestError: a setting is wrong, or the family has no image-to-image.
+        """
+        image, words = _open_remembered(picture, prompt)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= 8:
+            raise RequestError(f"factor must be above 1 and at most 8, got {factor!r}")
+        step = self.family.multiple_px
+        width, height = (round(side * factor / step) * step for side in (image.width, image.height))
+        return self.generate(words, image=image, strength=strength, width=width, height=height, **settings)
+
+    def outpaint(
+        self,
+        picture: "Picture | Image | str | Path",
+        *,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        prompt: str | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Grow a picture on any side; every pixel of it stays as it was.
+
+        Args:
+            picture: as for `vary`.
+            left: pixels to add there; likewise `right`, `top` and `bottom`.
+            right: see `left`.
+            top: see `left`.
+            bottom: see `left`.
+            prompt: what the whole shows; as for `vary`.
+            **settings: as for `generate`.
+
+        Raises:
+            RequestError: a setting is wrong, or the family has no outpainting.
+        """
+        image, words = _open_remembered(picture, prompt)
+        return self.generate(words, image=image, margins=(left, right, top, bottom), **settings)
 
     def run(self, prompt: str, on_step: Callable[[Step], None] | None, **settings: Unpack[Settings]) -> Result:
         """Make pictures in this thread and tell `on_step`, if any, of every step; else as `generate`.
@@ -415,6 +501,16 @@ def load(
     if plan != "exact":
         model.set_plan(plan)
     return model
+
+
+def _open_remembered(picture: "Picture | Image | str | Path", prompt: str | None) -> tuple["Image", str]:
+    """Return a picture, and the prompt given or the one that the picture remembers."""
+    if isinstance(picture, Picture):
+        return picture.image, picture.receipt.request["prompt"] if prompt is None else prompt
+    image = open_picture("picture", picture)
+    if image is None:
+        raise RequestError("picture must be a PIL picture or a path, got None")
+    return image, receipts.remembered_prompt(image) if prompt is None else prompt
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

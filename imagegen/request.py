@@ -158,7 +158,7 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
     """
     check_keywords(given)
     values = {name: value for name, value in given.items() if value is not None and name != "noise"}
-    image, mask = (_open(name, values.pop(name, None)) for name in ("image", "mask"))
+    image, mask = (open_picture(name, values.pop(name, None)) for name in ("image", "mask"))
     margins = _margins(values.get("margins"), image, mask)
     num_images = _whole("num_images", values.get("num_images", 1), 1, MAX_PICTURES)
     seed = values.get("seed")
@@ -294,8 +294,12 @@ def _side(name: str, value: object, image: "Image | None", family: "Family", gro
     return side
 
 
-def _open(name: str, value: Any) -> "Image | None":
-    """Take a PIL picture, or open a path, the camera's rotation applied."""
+def open_picture(name: str, value: Any) -> "Image | None":
+    """Take a PIL picture, or open a path, the camera's rotation applied; None stays None.
+
+    Raises:
+        RequestError: it is no picture.
+    """
     if value is None:
         return None
     from PIL import Image, ImageOps, UnidentifiedImageError

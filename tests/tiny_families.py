@@ -213,7 +213,7 @@ def qwen_image(kind="QwenImagePipeline", **more):
 def z_image():
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=SIDE,
-        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32], all_patch_size=(2,), all_f_patch_size=(1,),
+        axes_dims=[4, 6, 6], axes_lens=[1024, 32, 32], all_patch_size=(2,), all_f_patch_size=(1,),
     )  # fmt: skip
     torch.nn.init.normal_(transformer.x_pad_token)
     torch.nn.init.normal_(transformer.cap_pad_token)

@@ -19,12 +19,13 @@ def readers(pipeline: Any) -> list[tuple[Any, int]]:
     return found
 
 
-def template_length(tokenizer: Any) -> int:
-    """Return how many tokens a chat template puts around a prompt; 0 where there is none."""
+def opening_length(tokenizer: Any) -> int:
+    """Return how many tokens a chat template puts before a prompt; 0 where there is none."""
     if not getattr(tokenizer, "chat_template", None):
         return 0
-    message = [{"role": "user", "content": ""}]
-    return len(tokenizer(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)).input_ids)
+    mark = "PROMPT"
+    text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(text.partition(mark)[0]).input_ids)
 
 
 def cut_text(pipeline: Any, prompt: str, chat: bool = False) -> tuple[int, str]:
@@ -35,7 +36,7 @@ def cut_text(pipeline: Any, prompt: str, chat: bool = False) -> tuple[int, str]:
         prompt: what the user wrote.
         chat: the encoder reads it inside the tokenizer's chat template.
     """
-    found = [(tokenizer, limit - template_length(tokenizer) if chat else limit) for tokenizer, limit in readers(pipeline)]
+    found = [(tokenizer, limit - opening_length(tokenizer) if chat else limit) for tokenizer, limit in readers(pipeline)]
     if not found:
         return 0, ""
     tokenizer, limit = max(found, key=lambda pair: pair[1])
