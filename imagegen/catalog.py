@@ -133,7 +133,8 @@ FAMILIES = {
         _large("cogview3", "CogView3PlusPipeline", 50, 5.0, scheduler="CogVideoXDDIMScheduler", modes=TEXT_ONLY),
         _large("cogview4", "CogView4Pipeline", 50, 3.5, 32, float32_state=True, modes=TEXT_ONLY),
         _large(
-            "hunyuan-dit", "HunyuanDiTPipeline", 50, 5.0, scheduler="DDPMScheduler", reference_dtype="float32", modes=TEXT_ONLY
+            "hunyuan-dit", "HunyuanDiTPipeline", 50, 5.0, scheduler="DDPMScheduler", reference_dtype="float32", modes=TEXT_ONLY,
+            sized_by_config=False,
         ),
         _large("hunyuan-image", "HunyuanImagePipeline", 50, 3.5, 32, size_px=2048, max_px=4096, modes=TEXT_ONLY),
         _large("hidream", "HiDreamImagePipeline", 50, 5.0, scheduler="UniPCMultistepScheduler", modes=TEXT_ONLY),

@@ -164,6 +164,8 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
     seed = values.get("seed")
     if seed is None:
         seed = secrets.randbelow(2**32)
+    strength = _strength(values.get("strength"), image, mask or margins, family)
+    editing = image is not None and strength is None
     request = Request(
         prompt=_prompt(prompt, image),
         negative_prompt=_text("negative_prompt", values.get("negative_prompt", "")),
@@ -171,10 +173,10 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         num_images=num_images,
         num_steps=_whole("num_steps", values.get("num_steps", family.num_steps), 1, MAX_STEPS),
         guidance=_guidance("guidance", values.get("guidance", family.guidance)),
-        width=_side("width", values.get("width"), image, family, sum(margins[:2]) if margins else None),
-        height=_side("height", values.get("height"), image, family, sum(margins[2:]) if margins else None),
+        width=_side("width", values.get("width"), image, family, sum(margins[:2]) if margins else None, editing),
+        height=_side("height", values.get("height"), image, family, sum(margins[2:]) if margins else None, editing),
         scheduler=values.get("scheduler"),
-        strength=_strength(values.get("strength"), image, mask or margins, family),
+        strength=strength,
         margins=margins,
         true_guidance=_guidance("true_guidance", values["true_guidance"]) if "true_guidance" in values else None,
     )
@@ -276,7 +278,7 @@ def _strength(value: object, image: object, repainted: object, family: "Family")
     return number
 
 
-def _side(name: str, value: object, image: "Image | None", family: "Family", growth: int | None) -> int:
+def _side(name: str, value: object, image: "Image | None", family: "Family", growth: int | None, editing: bool) -> int:
     own = 0 if image is None else getattr(image, name)
     if growth is not None:
         if value not in (None, own + growth):
@@ -285,6 +287,8 @@ def _side(name: str, value: object, image: "Image | None", family: "Family", gro
     elif value is None:
         if image is None:
             return family.size_px
+        if editing:  # as many pixels as the model was made for, in the picture's shape
+            own = round(own * family.size_px / (image.width * image.height) ** 0.5)
         value = min(max(family.min_px, own // family.multiple_px * family.multiple_px), family.max_px)
     side = _whole(name, value, family.min_px, family.max_px)
     if side % family.multiple_px:
@@ -325,6 +329,7 @@ def _fit(picture: "Image", request: Request, colours: str) -> "Image":
     if picture.mode in ("RGBA", "LA", "PA") and colours == "RGB":
         ground = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    size = picture.size if request.margins else (request.width, request.height)
+    whole = request.margins is not None or request.mode == "editing"
+    size = picture.size if whole else (request.width, request.height)
     picture = picture.convert(colours)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

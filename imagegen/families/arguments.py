@@ -81,6 +81,8 @@ def _pictures(known: dict[str, Any], request: Request) -> dict[str, Any]:
         settings["strength"] = request.strength
     if mask is not None:
         settings["mask_image"] = [mask] * count
+    if "max_area" in known:  # else it draws as many pixels as it was made for, whatever the size
+        settings["max_area"] = request.width * request.height
     return {name: value for name, value in settings.items() if name in known}
 
 

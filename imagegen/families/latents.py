@@ -30,10 +30,19 @@ def latent_channels(pipeline: Any) -> int:
 
 def noise_shape(pipeline: Any, num_images: int, width: int, height: int) -> tuple[int, int, int, int]:
     """Return the shape of the noise that a pipeline starts from, unpacked."""
-    channels, factor = latent_channels(pipeline), getattr(pipeline, "vae_scale_factor", 1)
+    channels, factor = latent_channels(pipeline), _decoder_factor(pipeline)
     if hasattr(pipeline, "_patchify_latents"):  # squares of 2x2 are channels there
-        channels, factor = 4 * channels, 2 ** len(decoder_of(pipeline).config.block_out_channels)
+        channels, factor = 4 * channels, 2 * factor
     return num_images, channels, height // factor, width // factor
+
+
+def _decoder_factor(pipeline: Any) -> int:
+    """Return how many pixels wide a latent of the decoder is; what pipelines call so counts their packing, in some."""
+    decoder = decoder_of(pipeline)
+    if decoder is None:
+        return 1
+    stated, blocks = (decoder.config.get(name) for name in ("spatial_compression_ratio", "block_out_channels"))
+    return stated or (2 ** (len(blocks) - 1) if blocks else pipeline.vae_scale_factor)
 
 
 def pack(pipeline: Any, noise: torch.Tensor) -> torch.Tensor:
@@ -82,6 +91,9 @@ def unscale(pipeline: Any, latents: torch.Tensor) -> torch.Tensor:
     """
     decoder = decoder_of(pipeline)
     config = decoder.config
+    if decoder is not pipeline.components.get("vae"):  # the others decode latents as they are
+        return latents
+    latents = latents / (pipeline.scheduler.config.get("sigma_data") or 1.0)  # consistency models work at the data's scale
     if hasattr(pipeline, "_unpatchify_latents"):
         mean, variance = (value.view(1, -1, 1, 1).to(latents) for value in (decoder.bn.running_mean, decoder.bn.running_var))
         return pipeline._unpatchify_latents(latents * torch.sqrt(variance + config.batch_norm_eps) + mean)
@@ -113,7 +125,8 @@ def decode(pipeline: Any, latents: torch.Tensor, limit_px: int | None = None) ->
     if decoder is not None:
         batch = unscale(pipeline, batch).to(decoder.dtype)
         frames = any(isinstance(module, torch.nn.Conv3d) for module in decoder.modules())
-        batch = decoder.decode(batch.unsqueeze(2) if frames else batch, return_dict=False)[0]
+        unquantised = {"force_not_quantize": True} if "force_not_quantize" in inspect.signature(decoder.decode).parameters else {}
+        batch = decoder.decode(batch.unsqueeze(2) if frames else batch, return_dict=False, **unquantised)[0]
         batch = batch.squeeze(2) if frames else batch
     from diffusers.image_processor import VaeImageProcessor
 

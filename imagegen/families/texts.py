@@ -14,8 +14,10 @@ def readers(pipeline: Any) -> list[tuple[Any, int]]:
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         if tokenizer is None or encoder is None:
             continue
-        clip = type(encoder).__name__.startswith("CLIP")  # it has a place for each of 77 tokens, whatever the others read
-        found.append((tokenizer, longest if isinstance(longest, int) and not clip else tokenizer.model_max_length))
+        limit = longest if isinstance(longest, int) else tokenizer.model_max_length
+        if type(encoder).__name__.startswith("CLIP"):  # it has so many places for tokens, whatever the others read
+            limit = min(limit, tokenizer.model_max_length)
+        found.append((tokenizer, limit))
     return found
 
 
