@@ -18,18 +18,22 @@ import torch
 
 from imagegen import profile as profiles
 from imagegen import receipt as receipts
-from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, Family, embedded_folder, family_of
+from imagegen.catalog import EMBEDDED, FAMILIES, Family, card_of, embedded_folder, family_of
 from imagegen.families import adapters, diffusion
+from imagegen.families.arguments import is_guided
 from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
 from imagegen.levers import RunFacts
 from imagegen.measure import environment, machine_of
-from imagegen.request import ModelError, PlanError, Request, RequestError, build_request
+from imagegen.request import ModelError, PlanError, Request, RequestError, build_request, open_picture
 from imagegen.result import Picture, Result
 from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
-from imagegen.weights import hash_file, hash_weights
+from imagegen.weights import hash_file, hash_weights, stored_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+VARIATIONS = {"subtle": 0.4, "strong": 0.75}  # how much of the picture is repainted
 
 
 class Settings(TypedDict, total=False):
@@ -46,6 +50,8 @@ class Settings(TypedDict, total=False):
     image: "Image | str | Path | None"
     strength: float | None
     mask: "Image | str | Path | None"
+    margins: tuple[int, int, int, int] | None
+    true_guidance: float | None
     noise: torch.Tensor | None
 
 
@@ -122,7 +128,7 @@ class Model:
     @property
     def licence(self) -> str | None:
         """The name of its licence, where it is known."""
-        card = CARDS.get(self.source)
+        card = card_of(self.source)
         return card.licence if card else None
 
     @property
@@ -242,7 +248,9 @@ class Model:
             prompt: what to draw.
             **settings: `seed`, `num_images`, `num_steps`, `guidance` (1 is off), `negative_prompt`,
                 `width`, `height` (pixels), `scheduler`; `image` with `strength` repaints a picture,
-                `mask` only where it is white; `noise` (B, C, h, w) of unit variance replaces the
+                `mask` only where it is white, `margins` (left, right, top, bottom) around it; an editing
+                model takes `image` alone; `true_guidance` adds guidance in two passes where `guidance` is
+                an input of the model; `noise` (B, C, h, w) of unit variance replaces the
                 noise that the seeds would draw.
 
         Raises:
@@ -251,6 +259,87 @@ class Model:
         return self.run(prompt, None, **settings)
 
     __call__ = generate
+
+    def vary(
+        self,
+        picture: "Picture | Image | str | Path",
+        *,
+        strength: str | float = "subtle",
+        prompt: str | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Make variations of a picture: the same scene, drawn anew in part.
+
+        Args:
+            picture: one of a result's `pictures`, a PIL picture or a path.
+            strength: `subtle`, `strong`, or how much is repainted, above 0 to 1.
+            prompt: what it shows; by default what a picture of a result, or its PNG, remembers; without any, nothing.
+            **settings: as for `generate`.
+
+        Raises:
+            RequestError: a setting is wrong, or the family has no image-to-image.
+        """
+        image, words = _open_remembered(picture, prompt)
+        if isinstance(strength, str) and strength not in VARIATIONS:
+            raise RequestError(f"strength must be {' or '.join(VARIATIONS)}, or above 0 and at most 1, got {strength!r}")
+        amount = VARIATIONS[strength] if isinstance(strength, str) else strength
+        return self.generate(words, image=image, strength=amount, **settings)
+
+    def upscale(
+        self,
+        picture: "Picture | Image | str | Path",
+        factor: float = 2,
+        *,
+        strength: float = 0.3,
+        prompt: str | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Make a larger picture: resized, then drawn once more at low strength.
+
+        Args:
+            picture: as for `vary`.
+            factor: of width and height, above 1 to 8.
+            strength: how much is repainted.
+            prompt: as for `vary`.
+            **settings: as for `generate`.
+
+        Raises:
+            RequestError: a setting is wrong, or the family has no image-to-image.
+        """
+        image, words = _open_remembered(picture, prompt)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= 8:
+            raise RequestError(f"factor must be above 1 and at most 8, got {factor!r}")
+        step = self.family.multiple_px
+        width, height = (round(side * factor / step) * step for side in (image.width, image.height))
+        return self.generate(words, image=image, strength=strength, width=width, height=height, **settings)
+
+    def outpaint(
+        self,
+        picture: "Picture | Image | str | Path",
+        *,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        prompt: str | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Grow a picture on any side; every pixel of it stays as it was.
+
+        Args:
+            picture: as for `vary`.
+            left: pixels to add there; likewise `right`, `top` and `bottom`.
+            right: see `left`.
+            top: see `left`.
+            bottom: see `left`.
+            prompt: what the whole shows; as for `vary`.
+            **settings: as for `generate`.
+
+        Raises:
+            RequestError: a setting is wrong, or the family has no outpainting.
+        """
+        image, words = _open_remembered(picture, prompt)
+        return self.generate(words, image=image, margins=(left, right, top, bottom), **settings)
 
     def run(self, prompt: str, on_step: Callable[[Step], None] | None, **settings: Unpack[Settings]) -> Result:
         """Make pictures in this thread and tell `on_step`, if any, of every step; else as `generate`.
@@ -284,7 +373,7 @@ class Model:
 
     def notice_about(self, prompt: str) -> str | None:
         """Return what `generate` will warn of: the end of a prompt that the text encoder will not read, or None."""
-        limit, cut = diffusion.cut_text(self.pipeline, prompt)
+        limit, cut = diffusion.cut_text(self.pipeline, prompt, self.family.chat)
         return f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
 
     def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, Callable[[diffusion.OnStep | None], list[Any]]]:
@@ -297,12 +386,12 @@ class Model:
         notice = self.notice_about(request.prompt)
         if notice:
             warnings.warn(notice, stacklevel=4)
-        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, noise))
+        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise))
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:
         """Let the plan's levers follow a run, in whatever thread it is computed."""
         num_steps = int(request.num_steps * (request.strength or 1.0))
-        facts = RunFacts(request.guidance > 1, num_steps, request.guidance, run.scheduler, run.generators)
+        facts = RunFacts(is_guided(request, self.family), num_steps, request.guidance, run.scheduler, run.generators)
 
         def followed(on_step: diffusion.OnStep | None) -> list[Any]:
             applied = self._applied  # the plan when the run begins, which may be later than its request
@@ -401,16 +490,30 @@ def load(
     pipeline_class = diffusion.read_index(folder)["_class_name"]
     if folder.resolve() == embedded_folder().resolve():
         name = EMBEDDED
-    family = family_of(name, pipeline_class)
+    family = family_of(name, pipeline_class) or diffusion.family_of_class(pipeline_class)
     if family is None:
         known = sorted({known.pipeline for known in FAMILIES.values()})
-        raise ModelError(f"{name!r} is a {pipeline_class}, which this version does not run: it runs {', '.join(known)}")
+        raise ModelError(
+            f"{name!r} is a {pipeline_class}, which this version does not run: it runs {', '.join(known)}, "
+            "and any other class of diffusers that makes a picture from a prompt"
+        )
+    if stored_dtype(folder) == "F32":
+        family = replace(family, reference_dtype="float32")  # no reference is coarser than the weights it comes from
     pipeline = diffusion.load_pipeline(folder, chosen_device, _find_dtype(dtype, chosen_device, family))
-    size = diffusion.native_size(pipeline)
-    model = Model(name, folder, replace(family, size_px=size) if size else family, pipeline, memory_gib)
+    model = Model(name, folder, diffusion.describe(pipeline, family), pipeline, memory_gib)
     if plan != "exact":
         model.set_plan(plan)
     return model
+
+
+def _open_remembered(picture: "Picture | Image | str | Path", prompt: str | None) -> tuple["Image", str]:
+    """Return a picture, and the prompt given or the one that the picture remembers."""
+    if isinstance(picture, Picture):
+        return picture.image, picture.receipt.request["prompt"] if prompt is None else prompt
+    image = open_picture("picture", picture)
+    if image is None:
+        raise RequestError("picture must be a PIL picture or a path, got None")
+    return image, receipts.remembered_prompt(image) if prompt is None else prompt
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

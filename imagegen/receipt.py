@@ -126,6 +126,15 @@ def parse_receipt(text: str) -> Receipt:
     return Receipt(**known)
 
 
+def remembered_prompt(picture: "Image") -> str:
+    """Return the prompt that a picture made here remembers; empty where it remembers none."""
+    text = picture.info.get(CHUNK)
+    try:
+        return parse_receipt(str(text)).request["prompt"] if text else ""
+    except ReceiptError:
+        return ""
+
+
 def open_picture(path: str | Path) -> tuple["Image", Receipt]:
     """Open a PNG and its receipt: the picture as RGB, and what it remembers.
 

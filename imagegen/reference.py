@@ -28,6 +28,8 @@ TAKEN_FROM_RECEIPT = (
     "height",
     "scheduler",
     "strength",
+    "margins",
+    "true_guidance",
 )
 
 

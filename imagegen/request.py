@@ -62,6 +62,8 @@ class Request:
         image: the picture to start from (RGB), or None.
         strength: how much of `image` is repainted, above 0 up to 1; None without `image`.
         mask: where to repaint (white, L), or None.
+        margins: pixels by which `image` grows to the left, right, top and bottom, or None.
+        true_guidance: guidance in two passes, on top of a `guidance` that is an input of the denoiser, or None.
     """
 
     prompt: str
@@ -76,13 +78,19 @@ class Request:
     image: "Image | None" = None
     strength: float | None = None
     mask: "Image | None" = None
+    margins: tuple[int, int, int, int] | None = None
+    true_guidance: float | None = None
 
     @property
     def mode(self) -> str:
-        """`text-to-image`, `image-to-image` or `inpainting`."""
+        """`text-to-image`, `image-to-image`, `inpainting`, `outpainting` or `editing`."""
+        if self.image is None:
+            return "text-to-image"
+        if self.margins is not None:
+            return "outpainting"
         if self.mask is not None:
             return "inpainting"
-        return "text-to-image" if self.image is None else "image-to-image"
+        return "editing" if self.strength is None else "image-to-image"
 
     def of_picture(self, index: int) -> "Request":
         """Return the request that makes picture `index` alone: its own seed, one image."""
@@ -96,7 +104,7 @@ class Request:
 
 KEYWORDS: tuple[str, ...] = (
     *("seed", "num_images", "num_steps", "guidance", "negative_prompt", "width", "height", "scheduler"),
-    *("image", "strength", "mask", "noise"),
+    *("image", "strength", "mask", "margins", "true_guidance", "noise"),
 )
 # What other libraries call these.
 FOREIGN_NAMES = {
@@ -106,7 +114,7 @@ FOREIGN_NAMES = {
     "guidance_scale": "guidance",
     "cfg_scale": "guidance",
     "cfg": "guidance",
-    "true_cfg_scale": "guidance",
+    "true_cfg_scale": "guidance (true_guidance where guidance is an input of the model)",
     "num_images_per_prompt": "num_images",
     "batch_size": "num_images",
     "n": "num_images",
@@ -150,22 +158,27 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
     """
     check_keywords(given)
     values = {name: value for name, value in given.items() if value is not None and name != "noise"}
-    image, mask = (_open(name, values.pop(name, None)) for name in ("image", "mask"))
+    image, mask = (open_picture(name, values.pop(name, None)) for name in ("image", "mask"))
+    margins = _margins(values.get("margins"), image, mask)
     num_images = _whole("num_images", values.get("num_images", 1), 1, MAX_PICTURES)
     seed = values.get("seed")
     if seed is None:
         seed = secrets.randbelow(2**32)
+    strength = _strength(values.get("strength"), image, mask or margins, family)
+    editing = image is not None and strength is None
     request = Request(
-        prompt=_prompt(prompt),
+        prompt=_prompt(prompt, image),
         negative_prompt=_text("negative_prompt", values.get("negative_prompt", "")),
         seed=_whole("seed", seed, 0, MAX_SEED - num_images),
         num_images=num_images,
         num_steps=_whole("num_steps", values.get("num_steps", family.num_steps), 1, MAX_STEPS),
-        guidance=_guidance(values.get("guidance", family.guidance)),
-        width=_side("width", values.get("width"), image, family),
-        height=_side("height", values.get("height"), image, family),
+        guidance=_guidance("guidance", values.get("guidance", family.guidance)),
+        width=_side("width", values.get("width"), image, family, sum(margins[:2]) if margins else None, editing),
+        height=_side("height", values.get("height"), image, family, sum(margins[2:]) if margins else None, editing),
         scheduler=values.get("scheduler"),
-        strength=_strength(values.get("strength"), image, mask),
+        strength=strength,
+        margins=margins,
+        true_guidance=_guidance("true_guidance", values["true_guidance"]) if "true_guidance" in values else None,
     )
     if mask is not None and image is None:
         raise RequestError("mask needs image: pass the picture to repaint as image=")
@@ -173,9 +186,29 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         request = replace(request, image=_fit(image, request, "RGB"))
     if mask is not None:
         request = replace(request, mask=_fit(mask, request, "L"))
+    _check_family(request, family)
     if request.num_steps * (request.strength or 1.0) < 1:
         raise RequestError(f"strength {request.strength} of {request.num_steps} steps leaves none to run: raise either")
     return request
+
+
+def _check_family(request: Request, family: "Family") -> None:
+    """Refuse what a family has not, with what it has."""
+    if request.mode not in family.modes:
+        needs = "" if "text-to-image" in family.modes or request.image is not None else "; pass the picture as image="
+        if request.mode == "image-to-image" and "editing" in family.modes:
+            needs = "; leave strength out to edit the picture"
+        raise RequestError(f"{family.name} does {', '.join(family.modes)}: it has no {request.mode}{needs}")
+    if family.guided_by == "nothing" and request.guidance > 1:
+        raise RequestError(f"{family.name} was distilled and takes no guidance, got {request.guidance:g}: leave it out")
+    if request.true_guidance is not None and not family.true_guidance:
+        raise RequestError(f"{family.name} takes no true_guidance: its guidance is {family.guided_by}, use that alone")
+    if not request.negative_prompt or (request.true_guidance or 1) > 1:
+        return
+    if family.true_guidance:
+        raise RequestError(f"{family.name} takes negative_prompt in two passes only: pass true_guidance=4 too, or leave it out")
+    if not family.negative or family.guided_by != "two passes":
+        raise RequestError(f"{family.name} takes no negative_prompt, got {request.negative_prompt!r}: say it in the prompt")
 
 
 def _text(name: str, value: object) -> str:
@@ -186,9 +219,9 @@ def _text(name: str, value: object) -> str:
     return value
 
 
-def _prompt(value: object) -> str:
+def _prompt(value: object, image: object) -> str:
     text = _text("prompt", value)
-    if not text.strip():
+    if not text.strip() and image is None:  # a picture may go on without words
         raise RequestError("the prompt is empty: say what to draw, as in 'a red apple'")
     return text
 
@@ -212,29 +245,50 @@ def _number(name: str, value: object) -> float:
     return number
 
 
-def _guidance(value: object) -> float:
-    number = _number("guidance", value)
+def _guidance(name: str, value: object) -> float:
+    number = _number(name, value)
     if not 1 <= number <= 100:
-        raise RequestError(f"guidance must be from 1 (off) to 100, got {number:g}")
+        raise RequestError(f"{name} must be from 1 (off) to 100, got {number:g}")
     return number
 
 
-def _strength(value: object, image: object, mask: object) -> float | None:
+def _margins(value: Any, image: object, mask: object) -> tuple[int, int, int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 4:
+        raise RequestError(f"margins must be four numbers of pixels (left, right, top, bottom), got {value!r}")
+    if image is None or mask is not None:
+        raise RequestError("margins needs image, the picture that grows, and no mask")
+    left, right, top, bottom = (_whole("margins", side, 0, 10_000) for side in value)
+    if not left + right + top + bottom:
+        raise RequestError("margins are all 0: say on which side the picture grows, as in left=64")
+    return left, right, top, bottom
+
+
+def _strength(value: object, image: object, repainted: object, family: "Family") -> float | None:
     if image is None:
         if value is not None:
             raise RequestError("strength needs image: it says how much of that picture is repainted")
         return None
-    number = _number("strength", (1.0 if mask is not None else 0.6) if value is None else value)
+    if value is None and repainted is None and "editing" in family.modes:
+        return None
+    number = _number("strength", (1.0 if repainted is not None else 0.6) if value is None else value)
     if not 0 < number <= 1:
         raise RequestError(f"strength must be above 0 and at most 1, got {number:g}")
     return number
 
 
-def _side(name: str, value: object, image: "Image | None", family: "Family") -> int:
-    if value is None:
+def _side(name: str, value: object, image: "Image | None", family: "Family", growth: int | None, editing: bool) -> int:
+    own = 0 if image is None else getattr(image, name)
+    if growth is not None:
+        if value not in (None, own + growth):
+            raise RequestError(f"{name} follows from the picture and its margins, {own + growth}, got {value}: leave it out")
+        value = own + growth
+    elif value is None:
         if image is None:
             return family.size_px
-        own = image.width if name == "width" else image.height
+        if editing:  # as many pixels as the model was made for, in the picture's shape
+            own = round(own * family.size_px / (image.width * image.height) ** 0.5)
         value = min(max(family.min_px, own // family.multiple_px * family.multiple_px), family.max_px)
     side = _whole(name, value, family.min_px, family.max_px)
     if side % family.multiple_px:
@@ -244,8 +298,12 @@ def _side(name: str, value: object, image: "Image | None", family: "Family") -> 
     return side
 
 
-def _open(name: str, value: Any) -> "Image | None":
-    """Take a PIL picture, or open a path, the camera's rotation applied."""
+def open_picture(name: str, value: Any) -> "Image | None":
+    """Take a PIL picture, or open a path, the camera's rotation applied; None stays None.
+
+    Raises:
+        RequestError: it is no picture.
+    """
     if value is None:
         return None
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -271,6 +329,7 @@ def _fit(picture: "Image", request: Request, colours: str) -> "Image":
     if picture.mode in ("RGBA", "LA", "PA") and colours == "RGB":
         ground = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    size = (request.width, request.height)
+    whole = request.margins is not None or request.mode == "editing"
+    size = picture.size if whole else (request.width, request.height)
     picture = picture.convert(colours)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

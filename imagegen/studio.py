@@ -332,7 +332,7 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
             else:
                 this, receipt = open_picture(picture)
                 wanted = stock_request(model, receipt)
-                reference = stock_runner(source, model.device)(wanted, on_step)[0]
+                reference = stock_runner(source, model.device, family=model.family)(wanted, on_step)[0]
                 against = f"stock diffusers in float32 with seed {wanted.seed}"
             psnr_db, largest = fidelity.psnr_db(this, reference), fidelity.max_difference(this, reference)
             psnr = "identical" if largest == 0 else f"{psnr_db:.1f} dB"

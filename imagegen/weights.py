@@ -50,6 +50,17 @@ def save_weights(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[
     return path
 
 
+def stored_dtype(folder: Path) -> str:
+    """Return the dtype of most tensors of the largest weight file, as safetensors names it; empty where none is readable."""
+    try:
+        with max(list_weights(folder), key=lambda path: path.stat().st_size).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        dtypes = [tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"]
+        return max(set(dtypes), key=dtypes.count)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+        return ""  # loading says what is wrong with the file
+
+
 def hash_file(path: Path) -> str:
     """Return a file's SHA-256."""
     with path.open("rb") as file:

@@ -38,3 +38,47 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """Write a family's checkpoint, once in a session."""
+    from tiny_families import write
+
+    written = {}
+
+    def folder(name):
+        if name not in written:
+            written[name] = write(name, tmp_path_factory.mktemp("families") / name)
+        return written[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_of(folder_of):
+    """Load a family's tiny model, once in a session."""
+    loaded = {}
+
+    def model(name):
+        if name not in loaded:
+            loaded[name] = imagegen.load(folder_of(name))
+        return loaded[name]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def stock_of(folder_of):
+    """Load a family's stock pipeline, once in a session."""
+    from diffusers import DiffusionPipeline
+
+    loaded = {}
+
+    def stock(name):
+        if name not in loaded:
+            loaded[name] = DiffusionPipeline.from_pretrained(folder_of(name), local_files_only=True)
+            loaded[name].set_progress_bar_config(disable=True)
+        return loaded[name]
+
+    return stock

@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "imagegen"
 ORDER = [
     "request",
     "licences",
+    "canvas",
+    "cards",
     "catalog",
     "receipt",
     "result",
@@ -39,7 +41,21 @@ ORDER = [
     "cli",
     "__main__",
 ]
-NO_TORCH = ["request", "licences", "catalog", "receipt", "result", "weights", "profile", "prompts", "report", "measure", "cli"]
+NO_TORCH = [
+    "request",
+    "licences",
+    "canvas",
+    "cards",
+    "catalog",
+    "receipt",
+    "result",
+    "weights",
+    "profile",
+    "prompts",
+    "report",
+    "measure",
+    "cli",
+]
 
 
 def modules():

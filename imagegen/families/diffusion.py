@@ -1,84 +1,35 @@
 """Models that diffusers runs: loading them and turning their pipelines into streams of steps.
 
-The only module that knows diffusers' pipelines and their names for things. The stock pipeline does
-all the work, so that the `exact` plan is the stock picture bit for bit. For a stream it runs in a
-thread of its own, in lock-step with the reader, and stops within one step when the reader leaves.
-Otherwise it runs in the caller's thread: a second thread means a second pool of OpenMP threads, and
-with more threads than processors libgomp stops spinning at barriers, a tenth of a small picture's time.
+This folder alone knows diffusers' pipelines and their names for things. The stock pipeline does all the
+work, so that the `exact` plan is the stock picture bit for bit.
 """
 
 import contextlib
 import copy
+import inspect
 import json
 import logging
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from imagegen.catalog import FAMILIES, PAINTING, TWO_PASSES, Family, fit_family
+from imagegen.families.arguments import call_of, translate
+from imagegen.families.latents import decode_preview, noise_factor
+from imagegen.families.run import OnStep, Run, StepState, in_lock_step, watched
+from imagegen.families.texts import cut_text
 from imagegen.request import ModelError, Request, RequestError
-from imagegen.sampling import make_generators, make_scheduler, predicted_original
+from imagegen.sampling import make_scheduler
 from imagegen.weights import check_weights
 
+__all__ = ["OnStep", "Run", "StepState", "cut_text", "decode_preview", "in_lock_step"]  # what a model needs of this folder
+
 NOISY = ("torchao", "torch.utils._pytree", "py.warnings")
-PREVIEW_SIDE = 32  # a preview decodes at most 32x32 latents, whatever the size of the picture
-
-
-@dataclass(frozen=True)
-class StepState:
-    """The pipeline after one step.
-
-    Attributes:
-        index: number of the step, from 0.
-        num_steps: steps of this run (fewer than asked for where `strength` is below 1).
-        latents: (B, C, h, w), the state after this step.
-        original: (B, C, h, w), the scheduler's guess of the finished latents.
-    """
-
-    index: int
-    num_steps: int
-    latents: torch.Tensor
-    original: torch.Tensor
-
-
-OnStep = Callable[[StepState], None]
-
-
-class Run:
-    """The stock pipeline, ready to make a request's pictures.
-
-    Attributes:
-        scheduler: its own.
-        generators: one for each picture.
-    """
-
-    def __init__(self, runner: Any, settings: dict[str, Any]) -> None:
-        """Keep the pipeline and its arguments."""
-        self._runner, self._settings = runner, settings
-        self.scheduler = runner.scheduler
-        given = settings["generator"]
-        self.generators: tuple[torch.Generator, ...] = tuple(given) if isinstance(given, list) else (given,)
-
-    def __call__(self, on_step: OnStep | None) -> list[Any]:
-        """Make the PIL pictures; tell `on_step`, if any, the state after every step. What it raises ends the work."""
-
-        def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None:
-                latents = tensors["latents"]
-                on_step(StepState(index, pipe.num_timesteps, latents, predicted_original(pipe.scheduler, latents)))
-            return {}
-
-        for generator in self.generators:
-            generator.manual_seed(generator.initial_seed())  # a second try, after an error, begins like the first
-        return self._runner(**self._settings, callback_on_step_end=after_step).images
-
-
-class _Left(BaseException):
-    """Raised inside the pipeline's thread when the reader of the stream has left."""
+DENOISERS = ("transformer", "unet", "decoder")  # what pipelines call the module that they run at every step
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -156,34 +107,78 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any
 
 def denoiser_of(pipeline: Any) -> torch.nn.Module:
     """Return the module that a pipeline calls at every step."""
-    return pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
+    return next(getattr(pipeline, name) for name in DENOISERS if getattr(pipeline, name, None) is not None)
 
 
-def native_size(pipeline: Any) -> int | None:
-    """Return the width and height in pixels that the denoiser was made for, where it says so."""
-    side = getattr(pipeline.unet.config, "sample_size", None)
-    return side * pipeline.vae_scale_factor if isinstance(side, int) else None
+def family_of_class(class_name: str) -> Family | None:
+    """Return the family of a pipeline class that the catalogue lacks, from its signature; None where it makes no pictures.
+
+    Its licence and its terms are unknown, and its size is that of the signature.
+    """
+    with quiet():
+        import diffusers
+
+        kind = getattr(diffusers, class_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        return None
+    known = {name: parameter.default for name, parameter in inspect.signature(kind.__call__).parameters.items()}
+    if "prompt" not in known or "num_inference_steps" not in known or "num_frames" in known or "generator" not in known:
+        return None
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", class_name.removesuffix("Pipeline")).lower()
+    guidance = known.get("guidance_scale") or known.get("true_cfg_scale") or known.get("prior_guidance_scale") or 1.0
+    height = known.get("height")
+    size = height if isinstance(height, int) else 1024
+    return replace(
+        FAMILIES["stable-diffusion"], name=name, pipeline=class_name, size_px=size, multiple_px=16, scheduler="",
+        num_steps=known["num_inference_steps"], guidance=float(guidance), negative="negative_prompt" in known,
+    )  # fmt: skip
 
 
-def cut_text(pipeline: Any, prompt: str) -> tuple[int, str]:
-    """Return how many tokens the text encoder reads, and the end of the prompt that it will not see."""
-    tokenizer = pipeline.tokenizer
-    tokens = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
-    limit = tokenizer.model_max_length
-    if len(tokens.input_ids) <= limit:
-        return limit, ""
-    last_read = tokens.offset_mapping[limit - 2][1]  # the closing token takes the last place
-    return limit, prompt[last_read:].strip()
+def describe(pipeline: Any, family: Family) -> Family:
+    """Return what a loaded model can make: its family, and what its configuration and diffusers' classes tell."""
+    config = denoiser_of(pipeline).config
+    family = fit_family(family, config, pipeline.config)
+    side = config.get("sample_size")
+    if isinstance(side, int) and family.sized_by_config:
+        family = replace(family, size_px=side * noise_factor(pipeline))
+    known = call_of(pipeline)
+    modes = [mode for mode in family.modes if mode not in PAINTING or mode == "text-to-image" or _class_for(pipeline, mode)]
+    negative = family.negative and "negative_prompt" in known
+    return replace(family, modes=tuple(modes), negative=negative, size_px=min(family.size_px, family.max_px))
 
 
-def prepare_run(pipeline: Any, request: Request, noise: torch.Tensor | None) -> Run:
+def _class_for(pipeline: Any, mode: str) -> type | None:
+    """Return the class of the pipeline for a mode: diffusers names them alike; None where there is none."""
+    import diffusers
+
+    kind = type(pipeline)
+    needs = {"image-to-image": "strength", "inpainting": "mask_image", "outpainting": "mask_image", "editing": "image"}
+    if mode == "text-to-image" or needs[mode] in inspect.signature(kind.__call__).parameters:
+        return kind
+    suffix = {"image-to-image": "Img2ImgPipeline", "editing": "Pipeline"}.get(mode, "InpaintPipeline")
+    return getattr(diffusers, kind.__name__.removesuffix("Pipeline") + suffix, None)
+
+
+def with_class(kind: type, pipeline: Any, **more: Any) -> Any:
+    """Return a pipeline of another class over the same components and options, none of them changed or moved."""
+    modules, options = kind._get_signature_keys(kind)  # type: ignore[attr-defined]
+    parts = {name: part for name, part in pipeline.components.items() if name in modules and name not in more}
+    parts |= {name: pipeline.config[name] for name in options if name in pipeline.config and name not in more}
+    with quiet():
+        made = kind(**parts, **more)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Tensor | None = None) -> Run:
     """Return the stock pipeline's run for a request.
 
     Every run has a scheduler and a pipeline object of its own, so that two runs of one model never meet.
 
     Args:
-        pipeline: the text-to-image pipeline, left as it is.
+        pipeline: the model's pipeline, left as it is.
         request: checked; its pictures already have its size.
+        family: of the loaded model.
         noise: (B, C, h, w) of unit variance to start from, or None to draw it from the seeds.
 
     Raises:
@@ -191,115 +186,33 @@ def prepare_run(pipeline: Any, request: Request, noise: torch.Tensor | None) -> 
     """
     runner = _for_mode(pipeline, request)
     runner.scheduler = make_scheduler(pipeline.scheduler, request.scheduler)
-    return Run(runner, _translate(runner, request, noise))
+    for name, part in vars(runner).items():
+        if hasattr(part, "components") and hasattr(part, "scheduler"):  # a pipeline inside a combined one
+            own = copy.copy(part)
+            own.scheduler = runner.scheduler if part.scheduler is pipeline.scheduler else make_scheduler(part.scheduler, None)
+            setattr(runner, name, own)
+    if family.guided_by == TWO_PASSES and getattr(runner, "guider", None) is not None:
+        runner.guider = runner.guider.new(guidance_scale=request.guidance)
+    return Run(runner, translate(runner, request, family, noise), request)
 
 
 def _for_mode(pipeline: Any, request: Request) -> Any:
     """Return the pipeline for the request's mode, sharing the components."""
-    if request.mode == "text-to-image":
-        return copy.copy(pipeline)
-    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
-
-    kind = AutoPipelineForInpainting if request.mode == "inpainting" else AutoPipelineForImage2Image
-    with quiet():
-        runner = kind.from_pipe(pipeline)
-    runner.set_progress_bar_config(disable=True)
-    return runner
+    kind = _class_for(pipeline, request.mode)
+    assert kind is not None  # else the request was refused
+    return copy.copy(pipeline) if kind is type(pipeline) else with_class(kind, pipeline)
 
 
-def _translate(runner: Any, request: Request, noise: torch.Tensor | None) -> dict[str, Any]:
-    """Return the request in diffusers' own words."""
-    generators = make_generators(request.seed, request.num_images)
-    settings: dict[str, Any] = {
-        "prompt": [request.prompt] * request.num_images,
-        "negative_prompt": [request.negative_prompt] * request.num_images,
-        "num_inference_steps": request.num_steps,
-        "guidance_scale": request.guidance,
-        "generator": generators if len(generators) > 1 else generators[0],
-    }
-    if request.mode != "image-to-image":
-        settings |= {"width": request.width, "height": request.height}
-    if request.image is not None:
-        settings |= {"image": [request.image] * request.num_images, "strength": request.strength}
-    if request.mask is not None:
-        settings |= {"mask_image": [request.mask] * request.num_images}
-    if noise is not None:
-        factor = runner.vae_scale_factor
-        shape = (request.num_images, runner.unet.config.in_channels, request.height // factor, request.width // factor)
-        if request.mode != "text-to-image":
-            raise RequestError("noise starts a text-to-image run: leave image and mask out")
-        if tuple(noise.shape) != shape:
-            raise RequestError(f"noise must have the shape {shape} here, got {tuple(noise.shape)}")
-        settings["latents"] = noise.to(runner.device, runner.unet.dtype)
-    return settings
-
-
-def in_lock_step(run: Callable[[OnStep | None], list[Any]]) -> Generator[StepState | list[Any], None, None]:
-    """Turn a run, which calls back after every step, into an iterator of the steps and, last, the pictures.
-
-    The function runs in a thread that waits, after each step, until the reader asks for the next.
-    Closing the iterator raises inside the waiting callback, and returns once the thread has ended.
-    """
-    to_reader: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    go_on: queue.SimpleQueue[bool] = queue.SimpleQueue()
-
-    def on_step(state: Any) -> None:
-        to_reader.put(("step", state))
-        if not go_on.get():
-            raise _Left
-
-    def work() -> None:
-        try:
-            to_reader.put(("end", run(on_step)))
-        except _Left:
-            to_reader.put(("left", None))
-        except BaseException as error:  # handed to the reader, who raises it
-            to_reader.put(("error", error))
-
-    thread = threading.Thread(target=work, name="imagegen-stream", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = to_reader.get()
-            if kind == "error":
-                raise value
-            yield value
-            if kind == "end":
-                return
-            go_on.put(True)
-    finally:
-        go_on.put(False)
-        thread.join()
-
-
-@torch.inference_mode()
-def decode_preview(pipeline: Any, original: torch.Tensor, size: tuple[int, int]) -> Any:
-    """Decode one picture's latents cheaply: large ones are averaged down to 32x32 first.
-
-    Args:
-        pipeline: the model's pipeline.
-        original: (C, h, w) latents.
-        size: width and height in pixels of the picture returned.
-
-    Returns:
-        A PIL image, RGB.
-    """
-    latents = original.unsqueeze(0)
-    factor = -(-max(latents.shape[-2:]) // PREVIEW_SIDE)
-    if factor > 1:
-        latents = torch.nn.functional.avg_pool2d(latents, factor, ceil_mode=True)
-    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
-    picture = pipeline.image_processor.postprocess(decoded, output_type="pil")[0]
-    return picture if picture.size == size else picture.resize(size)
-
-
-def stock_runner(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., list[Any]]:
+def stock_runner(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, family: Family = FAMILIES["emoji"]
+) -> Callable[..., list[Any]]:
     """Load diffusers' own pipeline, and nothing that imagegen has loaded.
 
     Args:
         folder: the model's.
         device: where to run.
         dtype: what to compute in.
+        family: the loaded model's.
 
     Returns:
         A function of a text-to-image request, which returns its PIL pictures, each from its own seed. Its
@@ -311,20 +224,15 @@ def stock_runner(folder: Path, device: torch.device, dtype: torch.dtype = torch.
 
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.to(device).set_progress_bar_config(disable=True)
-    own = pipeline.scheduler
 
     def run(request: Request, on_step: Callable[[int, int], bool] | None = None) -> list[Any]:
-        def after_step(running: Any, index: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-            if on_step is not None and not on_step(index + 1, running.num_timesteps):
+        def told(index: int, num_steps: int, _latents: torch.Tensor) -> None:
+            if on_step is not None and not on_step(index + 1, num_steps):
                 raise RequestError("stopped before the reference was finished")
-            return {}
 
         pipeline.scheduler = make_scheduler(own, request.scheduler)
-        seeds = range(request.seed, request.seed + request.num_images)
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        settings: dict[str, Any] = {"width": request.width, "height": request.height, "callback_on_step_end": after_step}
-        settings |= {"num_inference_steps": request.num_steps, "guidance_scale": request.guidance, "generator": generators}
-        prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-        return pipeline(**{name: [text] * len(seeds) for name, text in prompts.items()}, **settings).images
+        with watched(pipeline, told if on_step else None) as more:
+            return pipeline(**translate(pipeline, request, family), **more).images
 
+    own = pipeline.scheduler
     return run

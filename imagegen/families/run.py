@@ -1,0 +1,159 @@
+"""One run of a stock pipeline, told or read step by step.
+
+For a stream the pipeline runs in a thread of its own, in lock-step with the reader, and stops within one
+step when the reader leaves. Otherwise it runs in the caller's thread: a second thread means a second pool of
+OpenMP threads, and with more threads than processors libgomp stops spinning at barriers, a tenth of a small
+picture's time.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from imagegen.canvas import put_back
+from imagegen.families.arguments import call_of
+from imagegen.families.latents import unpack
+from imagegen.request import Request
+from imagegen.sampling import predicted_original
+
+
+@dataclass(frozen=True)
+class StepState:
+    """The pipeline after one step.
+
+    Attributes:
+        index: number of the step, from 0.
+        num_steps: steps of this run (fewer than asked for where `strength` is below 1).
+        latents: (B, C, h, w), the state after this step.
+        original: (B, C, h, w), the scheduler's guess of the finished latents.
+    """
+
+    index: int
+    num_steps: int
+    latents: torch.Tensor
+    original: torch.Tensor
+
+
+OnStep = Callable[[StepState], None]
+
+
+class Run:
+    """The stock pipeline, ready to make a request's pictures.
+
+    Attributes:
+        scheduler: its own.
+        generators: one for each picture.
+    """
+
+    def __init__(self, runner: Any, settings: dict[str, Any], request: Request) -> None:
+        """Keep the pipeline, its arguments and what they were asked for."""
+        self._runner, self._settings, self._request = runner, settings, request
+        self.scheduler = runner.scheduler
+        given = settings["generator"]
+        self.generators: tuple[torch.Generator, ...] = tuple(given) if isinstance(given, list) else (given,)
+
+    def __call__(self, on_step: OnStep | None) -> list[Any]:
+        """Make the PIL pictures; tell `on_step`, if any, the state after every step. What it raises ends the work."""
+        for generator in self.generators:
+            generator.manual_seed(generator.initial_seed())  # a second try, after an error, begins like the first
+        with watched(self._runner, None if on_step is None else self._told(on_step)) as more:
+            images = self._runner(**self._settings, **more).images
+        request = self._request
+        if request.margins is None or request.image is None:
+            return images
+        return [put_back(image, request.image, request.margins) for image in images]
+
+    def _told(self, on_step: OnStep) -> Callable[[int, int, torch.Tensor], None]:
+        size = (self._request.width, self._request.height)
+        before: torch.Tensor | None = None
+
+        def told(index: int, num_steps: int, packed: torch.Tensor) -> None:
+            nonlocal before
+            original = predicted_original(self.scheduler, packed, before)
+            before = packed
+            latents, original = (unpack(self._runner, tensor, size) for tensor in (packed, original))
+            on_step(StepState(index, num_steps, latents, original))
+
+        return told
+
+
+@contextlib.contextmanager
+def watched(runner: Any, tell: Callable[[int, int, torch.Tensor], None] | None) -> Iterator[dict[str, Any]]:
+    """Tell a function the index, the number of steps and the latents after every step of a pipeline's next run.
+
+    Yields the arguments that the run needs for it. Where the pipeline calls nobody back, its scheduler is watched.
+    """
+    scheduler = runner.scheduler
+    if tell is None:
+        yield {}
+    elif "callback_on_step_end" in call_of(runner):
+
+        def after_step(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            tell(index, getattr(pipe, "num_timesteps", None) or len(scheduler.timesteps), tensors["latents"])
+            return {}
+
+        yield {"callback_on_step_end": after_step}
+    else:
+        own, compute, index = vars(scheduler).get("step"), scheduler.step, 0
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal index
+            output = compute(*args, **kwargs)
+            tell(index, len(scheduler.timesteps), output[0])
+            index += 1
+            return output
+
+        scheduler.step = step
+        try:
+            yield {}
+        finally:
+            del scheduler.step
+            if own is not None:  # a lever's
+                scheduler.step = own
+
+
+class _Left(BaseException):
+    """Raised inside the pipeline's thread when the reader of the stream has left."""
+
+
+def in_lock_step(run: Callable[[OnStep | None], list[Any]]) -> Generator[StepState | list[Any], None, None]:
+    """Turn a run, which calls back after every step, into an iterator of the steps and, last, the pictures.
+
+    The function runs in a thread that waits, after each step, until the reader asks for the next.
+    Closing the iterator raises inside the waiting callback, and returns once the thread has ended.
+    """
+    to_reader: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    go_on: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def on_step(state: Any) -> None:
+        to_reader.put(("step", state))
+        if not go_on.get():
+            raise _Left
+
+    def work() -> None:
+        try:
+            to_reader.put(("end", run(on_step)))
+        except _Left:
+            to_reader.put(("left", None))
+        except BaseException as error:  # handed to the reader, who raises it
+            to_reader.put(("error", error))
+
+    thread = threading.Thread(target=work, name="imagegen-stream", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = to_reader.get()
+            if kind == "error":
+                raise value
+            yield value
+            if kind == "end":
+                return
+            go_on.put(True)
+    finally:
+        go_on.put(False)
+        thread.join()
