@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from imagegen.families.latents import pack, unpack
 from imagegen.request import DataError
 
 Conditions = dict[str, torch.Tensor]
@@ -53,7 +54,7 @@ def _encode_sd(pipeline: Any, captions: list[str]) -> Conditions:
 
 
 def _predict_sd(_: Any, denoiser: Any, latents: torch.Tensor, times: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-    return denoiser(latents, times, return_dict=False, **conditions)[0]
+    return denoiser(latents, timestep=times, return_dict=False, **conditions)[0]
 
 
 def _encode_sdxl(pipeline: Any, captions: list[str]) -> Conditions:
@@ -86,11 +87,11 @@ def _predict_flux(
     pipeline: Any, denoiser: Any, latents: torch.Tensor, times: torch.Tensor, conditions: Conditions
 ) -> torch.Tensor:
     """FLUX takes latents packed by 2x2 with a place for each token; a guidance-distilled one is trained at guidance 1."""
-    size, channels, height, width = latents.shape
+    size, _, height, width = latents.shape
     text = conditions["encoder_hidden_states"]
     told = torch.ones(size, device=latents.device, dtype=latents.dtype) if denoiser.config.guidance_embeds else None
     output = denoiser(
-        pipeline._pack_latents(latents, size, channels, height, width),
+        pack(pipeline, latents),
         timestep=times / pipeline.scheduler.config.num_train_timesteps,
         guidance=told,
         txt_ids=torch.zeros(text.shape[1], 3, device=latents.device, dtype=latents.dtype),
@@ -98,8 +99,8 @@ def _predict_flux(
         return_dict=False,
         **conditions,
     )[0]
-    scale = pipeline.vae_scale_factor
-    return pipeline._unpack_latents(output, height * scale, width * scale, scale)
+    factor = pipeline.vae_scale_factor
+    return unpack(pipeline, output, (width * factor, height * factor))
 
 
 KINDS: dict[str, tuple[Callable[..., Conditions], Callable[..., torch.Tensor]]] = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagegen.families import adapters
 from imagegen.families.conditioning import check_trainable
+from imagegen.families.latents import noise_shape
 from imagegen.finetune.cache import Cache
 from imagegen.finetune.lessons import LESSONS, Course, consistency_loss, distribution_losses, trajectory_loss
 from imagegen.finetune.loop import Learner, Training
@@ -118,8 +119,8 @@ def distill(
 
 def latents_shape(model: "Model") -> tuple[int, int, int]:
     """Return (C, h, w) of the latents of a picture of native size."""
-    pipeline, side = model.pipeline, model.family.size_px // model.pipeline.vae_scale_factor
-    return pipeline.vae.config.latent_channels, side, side
+    _, channels, height, width = noise_shape(model.pipeline, 1, model.family.size_px, model.family.size_px)
+    return channels, height, width
 
 
 def _learners(lesson: str, course: Course, teacher: Teacher, place: Workplace, anchor: float) -> list[Learner]:
