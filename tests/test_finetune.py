@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import imagegen
 from imagegen import DataError, ModelError, cli
 from imagegen.families import adapters
+from imagegen.families.conditioning import encode_captions, predict, silence_of
 from imagegen.finetune.checkpoint import list_checkpoints, save_checkpoint
 from imagegen.finetune.loop import batch_of, batches, seeded
 from imagegen.finetune.objective import objective_of
@@ -391,3 +392,28 @@ def test_pictures_of_a_model_that_forbids_it_need_a_word(model, folder, tmp_path
 def test_an_unknown_setting_names_the_right_one(model, folder, tmp_path):
     with pytest.raises(DataError, match="did you mean learning_rate"):
         imagegen.finetune(model, folder, tmp_path, learning_rat=1e-3)
+
+
+def test_a_prior_holds_the_model_to_its_own_predictions(model, folder, tmp_path):
+    """Trained on nothing but its prior a model has nothing to learn; and a prior keeps other prompts nearer."""
+    from imagegen.finetune.denoising import Example, Prior, denoising_loss
+
+    latents = torch.randn(8, 16, 16, generator=torch.Generator().manual_seed(0))
+    told = {"encoder_hidden_states": encode_captions(model.pipeline, ["a cat"])["encoder_hidden_states"][0]}
+    example, unet = Example(latents, "a cat", told, is_prior=True), model.pipeline.unet
+    same = Prior(lambda *call: predict(model.pipeline, unet, *call), silence_of(model.pipeline))
+    with torch.no_grad():
+        loss = denoising_loss(model.pipeline, unet, objective_of(model.pipeline.scheduler), [example], 0, same)
+        assert float(loss(0, [(0, 0), (1, 0)])) == 0
+        none = denoising_loss(model.pipeline, unet, objective_of(model.pipeline.scheduler), [example], 0)
+        assert float(none(0, [(0, 0), (1, 0)])) > 0.01
+    settings = {"num_steps": 12, "batch_size": 2, "rank": 4, "learning_rate": 3e-3, "warmup": 1}
+    before, drift = model("a red apple", seed=1).images[0], {}
+    for name, prior in (("alone", {}), ("kept", {"prior_prompts": ("a red apple", "a dog"), "prior_pictures": 4})):
+        made = imagegen.finetune(model, folder, tmp_path / name, **settings, **prior)
+        model.add_lora(made.weights)
+        try:
+            drift[name] = np.square(np.asarray(model("a red apple", seed=1).images[0]).astype(float) - before).mean()
+        finally:
+            model.remove_loras()
+    assert drift["kept"] < drift["alone"]

@@ -40,6 +40,12 @@ def predict(pipeline: Any, denoiser: Any, latents: torch.Tensor, times: torch.Te
     return _kind_of(pipeline)[1](pipeline, denoiser, latents.to(denoiser.dtype), times, told)
 
 
+@torch.no_grad()
+def silence_of(pipeline: Any) -> Conditions:
+    """Return what the denoiser is told where nothing is asked for, each tensor with a first axis of one."""
+    return encode_captions(pipeline, [""])
+
+
 def check_trainable(pipeline: Any) -> None:
     """Refuse a kind of pipeline that training does not know.
 

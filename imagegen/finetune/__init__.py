@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from imagegen.families import adapters
-from imagegen.families.conditioning import check_trainable
+from imagegen.families.conditioning import check_trainable, silence_of
 from imagegen.finetune.cache import Cache
 from imagegen.finetune.data import Dataset, make_buckets, read_dataset
-from imagegen.finetune.denoising import Example, denoising_loss
+from imagegen.finetune.denoising import Example, Prior, denoising_loss
 from imagegen.finetune.distillation import distill
 from imagegen.finetune.loop import Learner, Training
 from imagegen.finetune.objective import objective_of
@@ -73,7 +73,8 @@ def finetune(
     with accelerator.main_process_first():  # the others then find the cache filled
         examples = _encode(model, dataset, out, recipe, tell)
     with Workplace(model, recipe) as place:
-        loss_of = denoising_loss(model.pipeline, place.denoiser, objective, examples, recipe.seed)
+        before = Prior(place.old_prediction(), silence_of(model.pipeline)) if recipe.prior_prompts else None
+        loss_of = denoising_loss(model.pipeline, place.denoiser, objective, examples, recipe.seed, before, recipe.text_encoder)
         learner = Learner(recipe.method, place.weights, loss_of)
         training = Training([learner], [example.group for example in examples], recipe, out, facts, accelerator)
         if resume:
@@ -107,16 +108,17 @@ def _encode(model: "Model", dataset: Dataset, out: Path, recipe: Recipe, tell: T
     """Return the data encoded, and the model's own pictures for prior preservation."""
     family = model.family
     cache = Cache(out, model.pipeline, model.hashes, make_buckets(family.size_px, family.multiple_px))
-    sets = [dataset]
+    found = _encode_set(cache, dataset, tell)
     if recipe.prior_prompts:
-        sets.append(_draw_prior(model, out / "cache" / PRIOR, recipe, tell))
-    found = []
-    for part in sets:
-        cache.fill(part.items, () if recipe.text_encoder else [item.text for item in part.items], tell)
-        for item in part.items:
-            conditions = None if recipe.text_encoder else cache.text(item.text)
-            found.append(Example(cache.latents(item), item.text, conditions))
+        prior = _encode_set(cache, _draw_prior(model, out / "cache" / PRIOR, recipe, tell), tell, is_prior=True)
+        found *= max(1, round(len(prior) / len(found)))  # as much of the one as of the other
+        found += prior
     return found
+
+
+def _encode_set(cache: Cache, dataset: Dataset, tell: Tell, is_prior: bool = False) -> list[Example]:
+    cache.fill(dataset.items, [item.text for item in dataset.items], tell)
+    return [Example(cache.latents(item), item.text, cache.text(item.text), is_prior) for item in dataset.items]
 
 
 def _draw_prior(model: "Model", folder: Path, recipe: Recipe, tell: Tell) -> Dataset:

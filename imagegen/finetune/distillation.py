@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagegen.families import adapters
-from imagegen.families.conditioning import check_trainable
+from imagegen.families.conditioning import check_trainable, silence_of
 from imagegen.families.latents import noise_shape
 from imagegen.finetune.cache import Cache
 from imagegen.finetune.lessons import LESSONS, Course, consistency_loss, distribution_losses, trajectory_loss
@@ -92,8 +92,7 @@ def distill(
     prompts = tuple(prompts) or training_prompts(model.family.name)
     cache = Cache(out, model.pipeline, model.hashes, [])
     denoiser = copy.deepcopy(Workplace(model, recipe).denoiser).requires_grad_(False)
-    quiet_words = {name: value[None].to(model.device) for name, value in cache.text("").items()}
-    teacher = Teacher(model.pipeline, denoiser, guidance, quiet_words)
+    teacher = Teacher(model.pipeline, denoiser, guidance, silence_of(model.pipeline))
     trajectories = Trajectories(out, teacher, {"model_sha256": model.hashes}, prompts, teacher_steps, recipe.seed)
     with accelerator.main_process_first():
         trajectories.fill(num_trajectories, latents_shape(model), cache.text, tell)

@@ -1,5 +1,6 @@
 """A model while it is trained: what is put on it, and how it is given back as it was."""
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from imagegen.families import adapters
+from imagegen.families.conditioning import Conditions, predict
 from imagegen.families.diffusion import denoiser_of, quiet
 from imagegen.finetune.loop import Training
 from imagegen.finetune.recipe import Recipe
@@ -90,6 +92,23 @@ class Workplace:
             weight.requires_grad_(needed)
             weight.grad = None
         self.model.set_plan(self._plan)
+
+    def old_prediction(self) -> Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]:
+        """Return what predicts as the denoiser did before it was trained, without gradients."""
+        pipeline, denoiser = self.model.pipeline, self.denoiser
+        twin = copy.deepcopy(denoiser).requires_grad_(False) if self.recipe.method == "full" else None
+
+        @torch.no_grad()
+        def compute(latents: torch.Tensor, times: torch.Tensor, told: Conditions) -> torch.Tensor:
+            if twin is not None:
+                return predict(pipeline, twin, latents, times, told)
+            denoiser.disable_adapters()
+            try:
+                return predict(pipeline, denoiser, latents, times, told)
+            finally:
+                denoiser.enable_adapters()
+
+        return compute
 
     def save(self, out: Path, facts: dict[str, Any]) -> Path:
         """Write what was trained at the top of `out`; return the file."""

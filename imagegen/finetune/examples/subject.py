@@ -23,7 +23,7 @@ from imagegen.model import Model
 WORD = "zorp"
 SIZE_PX, SCALE = 128, 4
 BACKGROUNDS = {"white": "#ffffff", "yellow": "#ffd84d", "blue": "#4d9fff", "pink": "#ffa6c9", "green": "#7ed957"}
-SETTINGS = {"num_steps": 400, "batch_size": 8, "rank": 8, "learning_rate": 1e-3, "ema": 0.98, "layers": "all"}
+SETTINGS = {"num_steps": 500, "batch_size": 8, "rank": 16, "learning_rate": 1e-3, "ema": 0.98, "layers": "all"}
 PRIOR = (
     "a cat face", "a red apple", "a blue car", "a tree", "a fish on a blue background", "a robot", "a green frog",
     "an octopus", "a mushroom", "a flower on a pink background", "a balloon", "an alien", "a purple heart", "a bird",
