@@ -149,9 +149,9 @@ def _not_there(name: str) -> str:
 def _find_file(name: str, path: Path, base: str | Path | None, vae: Source | None, local_files_only: bool) -> Source:
     """Find a model in one file, and the base that has the rest."""
     contents = read_contents(path)
-    given = None if base is None else find_source(base, local_files_only=local_files_only)
-    if given is not None and given.contents is not None:
+    if base is not None and Path(base).is_file():
         raise ModelError(f"base={str(base)!r} is one file: give a folder in diffusers' layout, or a hub id")
+    given = None if base is None else find_source(base, local_files_only=local_files_only)
     if contents.kind not in (WHOLE, DENOISER):
         raise ModelError(f"{name!r} is {contents.what}, not a model: {contents.use}")
     if given is None:
