@@ -8,7 +8,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 
 from imagegen import profile as profiles
 from imagegen import receipt as receipts
-from imagegen.catalog import EMBEDDED, FAMILIES, Family, card_of, embedded_folder, family_of
+from imagegen.catalog import EMBEDDED, FAMILIES, Family, card_of, family_of
 from imagegen.families import adapters, diffusion
 from imagegen.families.arguments import is_guided
+from imagegen.families.loading import pipeline_class
 from imagegen.families.weighting import has_weights, reads_on, why_not
 from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
 from imagegen.guides import Guides
@@ -28,9 +29,10 @@ from imagegen.levers import RunFacts
 from imagegen.measure import environment, machine_of
 from imagegen.request import ModelError, PlanError, Request, RequestError, build_request
 from imagegen.result import Picture, Result
+from imagegen.sources import Source, all_weights, find_source
 from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
 from imagegen.variations import Settings, Variations
-from imagegen.weights import hash_file, hash_weights, stored_dtype
+from imagegen.weights import hash_file, hash_files, hash_weights, stored_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,8 +71,9 @@ class Model(Variations, Guides):
     """A loaded model.
 
     Attributes:
-        source: what it was loaded from: `emoji` or a folder.
+        source: what it was loaded from: `emoji`, a folder, a file or a hub id.
         folder: where its files are.
+        origin: the same with its revision, variant, base and decoder.
         family: what it can make, and its defaults.
         pipeline: the diffusers pipeline, for everything that is not here.
         guides: the ControlNet (`control`) and the IP-Adapter (`style`) that were added: `name` and `sha256`.
@@ -79,9 +82,20 @@ class Model(Variations, Guides):
         memory: which memory levers a budget chose, or an out-of-memory error added, and why; in words.
     """
 
-    def __init__(self, source: str, folder: Path, family: Family, pipeline: Any, memory_gib: float | None = None) -> None:
-        """Wrap a loaded pipeline; users call `load`."""
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        family: Family,
+        pipeline: Any,
+        memory_gib: float | None = None,
+        files: Mapping[str, Path] | None = None,
+        origin: Source | None = None,
+    ) -> None:
+        """Wrap a loaded pipeline; users call `load`. `files` are its weights by name, if they are not all of the folder's."""
         self.source = source
+        self.origin = origin or Source(source, folder)
+        self._files = files
         self.folder = folder
         self.family = family
         self.pipeline = pipeline
@@ -108,7 +122,7 @@ class Model(Variations, Guides):
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every weight file by its path inside the folder."""
-        return hash_weights(self.folder)
+        return hash_weights(self.folder) if self._files is None else hash_files(self._files)
 
     @property
     def licence(self) -> str | None:
@@ -357,8 +371,7 @@ class Model(Variations, Guides):
             request=receipts.describe_request(request, given_noise),
             pixels_sha256=receipts.pixels_sha256(image),
             model={
-                "source": self.source,
-                "revision": None,
+                **self.origin.recorded(),
                 "family": self.family.name,
                 "sha256": self.hashes,
                 "licence": self.licence,
@@ -373,18 +386,29 @@ class Model(Variations, Guides):
 def load(
     source: str | Path = EMBEDDED,
     *,
+    revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     plan: str | Path | Plan = "exact",
+    local_files_only: bool = False,
+    variant: str | None = None,
+    base: str | Path | None = None,
+    vae: str | Path | None = None,
     memory_gib: float | None = None,
 ) -> Model:
-    """Load a model; touches no network.
+    """Load a model; touches the network for a hub id alone, and not for one with `local_files_only` or HF_HUB_OFFLINE=1.
 
     Args:
-        source: `emoji`, the embedded model, or the folder of a diffusers model.
+        source: `emoji`, the embedded model; a folder in diffusers' layout; a `.safetensors` file in that of Stable
+            Diffusion 1, 2, XL, 3 or FLUX; a `.gguf` file; or a hub id, as in `org/name` or `org/name@revision`.
+        revision: branch, tag or commit of a hub id.
         device: `cpu`, `cuda`, `cuda:1` …; by default CUDA where there is one.
         dtype: a torch dtype or its name; by default the family's reference dtype.
         plan: what `Model.set_plan` takes.
+        local_files_only: look for a hub id in the hub's cache alone.
+        variant: of the weights in a folder or a repository, as in `fp16`.
+        base: for one file: the folder or hub id of the model that it belongs to, for what the file lacks.
+        vae: another decoder: a folder, a `.safetensors` file or a hub id.
         memory_gib: the most memory to take for a picture of the native size; levers that save memory are
             chosen by an estimate, and `Model.memory` says which.
 
@@ -395,25 +419,33 @@ def load(
     chosen_device = find_device(device)
     if memory_gib is not None and not (isinstance(memory_gib, (int, float)) and memory_gib > 0):
         raise ModelError(f"memory_gib must be above 0, got {memory_gib!r}")
-    name = str(source)
-    folder = embedded_folder() if name == EMBEDDED else Path(source)
-    pipeline_class = diffusion.read_index(folder)["_class_name"]
-    if folder.resolve() == embedded_folder().resolve():
-        name = EMBEDDED
-    family = family_of(name, pipeline_class) or diffusion.family_of_class(pipeline_class)
-    if family is None:
-        known = sorted({known.pipeline for known in FAMILIES.values()})
-        raise ModelError(
-            f"{name!r} is a {pipeline_class}, which this version does not run: it runs {', '.join(known)}, "
-            "and any other class of diffusers that makes a picture from a prompt"
-        )
-    if stored_dtype(folder) == "F32":
-        family = replace(family, reference_dtype="float32")  # no reference is coarser than the weights it comes from
-    pipeline = diffusion.load_pipeline(folder, chosen_device, _find_dtype(dtype, chosen_device, family))
-    model = Model(name, folder, diffusion.describe(pipeline, family), pipeline, memory_gib)
+    found = find_source(source, revision=revision, variant=variant, base=base, vae=vae, local_files_only=local_files_only)
+    family = _find_family(found)
+    pipeline, files = diffusion.load_pipeline(found, chosen_device, _find_dtype(dtype, chosen_device, family))
+    family = diffusion.describe(pipeline, family)
+    model = Model(found.name, found.folder, family, pipeline, memory_gib, files=files, origin=found)
     if plan != "exact":
         model.set_plan(plan)
     return model
+
+
+def _find_family(source: Source) -> Family:
+    """Return the family of a source.
+
+    Raises:
+        ModelError: it is none that this version runs.
+    """
+    kind = pipeline_class(source)
+    family = family_of((source.base or source).name, kind) or diffusion.family_of_class(kind)
+    if family is None:
+        known = sorted({known.pipeline for known in FAMILIES.values()})
+        raise ModelError(
+            f"{source.name!r} is a {kind}, which this version does not run: it runs {', '.join(known)}, "
+            "and any other class of diffusers that makes a picture from a prompt"
+        )
+    if stored_dtype(all_weights(source)) == "F32":
+        family = replace(family, reference_dtype="float32")  # no reference is coarser than the weights it comes from
+    return family
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

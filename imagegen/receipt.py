@@ -41,8 +41,9 @@ class Receipt:
         request: the request's settings with the picture's own seed and one image, `mode`, and for
             input pictures `image_sha256`, `mask_sha256` …; `noise` is true where the start was given.
         pixels_sha256: SHA-256 of the RGB pixels, row by row, three bytes each.
-        model: `source`, `revision`, `family`, `sha256` of every weight file, `licence`; `control` and `style`
-            where a ControlNet or an IP-Adapter was loaded, each with its `name` and `sha256`.
+        model: `source`, `revision` (a commit, of a hub id), `variant`, `base`, `vae`, `family`, `sha256` of every weight
+            file, `licence`; `control` and `style` where a ControlNet or an IP-Adapter was loaded, each with its `name`
+            and `sha256`.
         loras: applied LoRA files with their hashes and weights.
         plan: the plan's `name` and what each lever did.
         environment: versions, device and dtype.
@@ -58,6 +59,10 @@ class Receipt:
     environment: dict[str, Any]
     fidelity: dict[str, Any] | None = field(default=None)
 
+    def where(self) -> dict[str, Any]:
+        """Return what `load` takes beside the source to find the same model again."""
+        return {name: self.model.get(name) for name in ("revision", "variant", "base", "vae")}
+
     def to_json(self) -> str:
         """Return the receipt as the JSON that the PNG carries."""
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
@@ -65,7 +70,10 @@ class Receipt:
     def to_parameters(self) -> str:
         """Return the settings in AUTOMATIC1111's text form, which other tools read."""
         request, model = self.request, self.model
-        weights = next((value for name, value in model["sha256"].items() if name.startswith(("unet/", "transformer/"))), "")
+        weights = next(
+            (value for name, value in model["sha256"].items() if name.startswith(("unet/", "transformer/")) or "/" not in name),
+            "",
+        )
         fields = {
             "Steps": request["num_steps"],
             "Sampler": request["scheduler"] or self.environment.get("scheduler", "default"),

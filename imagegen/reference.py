@@ -93,7 +93,7 @@ def replay(
             raise ReceiptError(f"{str(picture)!r} was made with {name}=: give that picture again")
         if given is not None and not wanted:
             raise ReceiptError(f"{str(picture)!r} was made without {name}=: leave it out")
-    used = model or load(receipt.model["source"], device=device, dtype=receipt.environment.get("dtype"))
+    used = model or load(receipt.model["source"], device=device, dtype=receipt.environment.get("dtype"), **receipt.where())
     if receipt.loras != used.loras:
         wanted = ", ".join(f"{lora.get('name')} at {lora.get('weight')}" for lora in receipt.loras) or "no LoRA"
         raise ReceiptError(

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from imagegen.families.denoisers import ARCHITECTURES, FACTOR, made_in, make_denoiser, make_inputs
-from imagegen.families.diffusion import quiet, read_index
+from imagegen.families.libraries import quiet
 from imagegen.measure import GIB
 from imagegen.request import ModelError
+from imagegen.sources import read_index
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,7 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
     """Make the Compare tab work."""
     import gradio as gr
 
-    source, bar = model.folder.resolve(), gr.Progress()
+    source, bar = model.origin, gr.Progress()
 
     def compare(given: dict | None, kind: str, other: dict | None, request: gr.Request, progress: Any = bar) -> tuple[Any, ...]:
         picture, upload = ((file or {}).get("path") for file in (given, other))  # in Gradio's cache: it has checked that

@@ -333,7 +333,7 @@ class Search:
 
     def confirm(self, requests: list[dict[str, Any]]) -> TunedProfile:
         """Try the fastest plans on unseen prompts, in turn with stock diffusers, until one keeps the budget."""
-        stock = diffusion.stock_runner(self.model.folder, self.model.device, self.model.dtype, self.model.family)
+        stock = diffusion.stock_runner(self.model.origin, self.model.device, self.model.dtype, self.model.family)
         safe = self.inside(MARGIN[self.budget.metric])
         order = [*safe, *(trial for trial in self.inside() if trial not in safe)]
         notes = []

@@ -1,15 +1,17 @@
-"""The weight files of a model folder: hashed once, checked without building the model.
+"""Weight files: which of a folder count, hashed once, read and checked by their headers alone.
 
 Hashes are remembered by path, size and modification time, so that a start does not read every
-weight twice. Knows nothing of torch.
+weight twice. Knows nothing of torch, nor of what the tensors are for.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from imagegen.request import ModelError
 
@@ -17,6 +19,17 @@ if TYPE_CHECKING:
     import torch
 
 SUFFIXES = (".safetensors",)
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+AGAIN = "copy or download it again"
+_PICKLE = "pickles may hold code and are not opened; use its .safetensors, or convert it with a tool that you trust"
+
+
+class TensorFacts(NamedTuple):
+    """One tensor by its header: `dtype` as safetensors names it, and `shape`."""
+
+    dtype: str
+    shape: tuple[int, ...]
 
 
 def cache_folder() -> Path:
@@ -50,15 +63,13 @@ def save_weights(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[
     return path
 
 
-def stored_dtype(folder: Path) -> str:
+def stored_dtype(files: Iterable[Path]) -> str:
     """Return the dtype of most tensors of the largest weight file, as safetensors names it; empty where none is readable."""
-    try:
-        with max(list_weights(folder), key=lambda path: path.stat().st_size).open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        dtypes = [tensor["dtype"] for name, tensor in header.items() if name != "__metadata__"]
-        return max(set(dtypes), key=dtypes.count)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
+    largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size, default=None)
+    if largest is None or file_fault(largest):
         return ""  # loading says what is wrong with the file
+    dtypes = [tensor.dtype for tensor in read_header(largest).values()]
+    return max(sorted(set(dtypes)), key=dtypes.count)
 
 
 def hash_file(path: Path) -> str:
@@ -73,9 +84,18 @@ def hash_weights(folder: Path) -> dict[str, str]:
     Raises:
         ModelError: a file cannot be read.
     """
+    return hash_files({path.relative_to(folder).as_posix(): path for path in list_weights(folder)})
+
+
+def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the SHA-256 of files by their names.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
     remembered = read_remembered("hashes")
     found, fresh = {}, False
-    for path in list_weights(folder):
+    for name, path in files.items():
         try:
             facts = path.stat()
             key = f"{path.resolve()}|{facts.st_size}|{facts.st_mtime_ns}"
@@ -84,10 +104,109 @@ def hash_weights(folder: Path) -> dict[str, str]:
                 fresh = True
         except OSError as error:
             raise ModelError(f"cannot read the weights {str(path)!r}: {error.strerror}") from None
-        found[path.relative_to(folder).as_posix()] = remembered[key]
+        found[name] = remembered[key]
     if fresh:
         remember("hashes", remembered)
     return found
+
+
+def component_weights(folder: Path, variant: str | None = None) -> list[Path]:
+    """Return the weight files of one component's folder: one, or the shards that its index names.
+
+    Args:
+        folder: of the component, as in `unet/`.
+        variant: as in `fp16`; a component that lacks it has its plain files taken, as diffusers does.
+
+    Raises:
+        ModelError: there are none, or an index is damaged, names a file that is missing, or one elsewhere.
+    """
+    for infix in (f".{variant}", "") if variant else ("",):
+        for stem in STEMS:
+            index = folder / f"{stem}.safetensors.index{infix}.json"
+            if os.path.lexists(index):
+                return _shards(index)
+            file = folder / f"{stem}{infix}.safetensors"
+            if os.path.lexists(file):
+                return [file]
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    if others:
+        raise ModelError(f"{str(folder)!r} holds its weights as a pickle only ({others[0]}): {_PICKLE}")
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    there = f"it holds {', '.join(found[:3])}, give variant= for those of a variant" if found else "copy or download it again"
+    raise ModelError(f"{str(folder)!r} lacks its weights, {' or '.join(f'{stem}.safetensors' for stem in STEMS)}: {there}")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{str(index)!r} is no index of shards that can be read ({error}): copy or download it again") from None
+    if wrong:
+        raise ModelError(f"{str(index)!r} names {wrong[0]!r}, which is no file beside it: it is not opened")
+    missing = [name for name in names if not os.path.lexists(index.with_name(name))]
+    if missing or not names:
+        some = f"{missing[0]!r}, which is missing" if missing else "no shards"
+        raise ModelError(f"{str(index)!r} names {some}: copy or download it again")
+    return [index.with_name(name) for name in names]
+
+
+def read_header(path: Path) -> dict[str, TensorFacts]:
+    """Return what a safetensors file holds, by name; no tensor is read.
+
+    Raises:
+        ModelError: it is missing, damaged, or another kind of file; the message says which.
+    """
+    wrong = file_fault(path)
+    if wrong:
+        raise ModelError(f"{str(path)!r} {wrong}")
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: TensorFacts(facts["dtype"], tuple(facts["shape"])) for name, facts in header.items() if name != "__metadata__"}
+
+
+def file_fault(path: Path) -> str | None:
+    """Return what is wrong with a safetensors file, in words that follow its name; None where nothing is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+        size = path.stat().st_size
+    except OSError as error:
+        loop = "it is a symbolic link that leads back to itself" if error.errno == errno.ELOOP else error.strerror
+        return f"cannot be read: {loop}"
+    other = _other_kind(start)
+    if other:
+        return f"cannot be read: {other}"
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > size - 8:
+        return (
+            f"cannot be read: its header takes {length} bytes and the file has {size}: truncated or no safetensors file; {AGAIN}"
+        )
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return None if list(opened.keys()) else "holds no tensors"
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        return f"cannot be read ({error}): truncated or no safetensors file; {AGAIN}"
+
+
+def _other_kind(start: bytes) -> str | None:
+    """Return what a file is that begins like this, if it cannot be safetensors."""
+    text = start.lstrip().lower()
+    if not start:
+        return f"it is empty; {AGAIN}"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs, not the weights: run `git lfs pull` in its folder"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "it is a web page, not weights: a download that failed or needs a login; download it again"
+    if text.startswith((b'{"error', b'{"message')):
+        return "it is a server's answer, not weights: a download that failed; download it again"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return f"it is a pickle or a zip: {_PICKLE}"
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file: name it .gguf, and give base="
+    return None
 
 
 def check_weights(folder: Path) -> dict[str, list[str]]:
@@ -96,17 +215,7 @@ def check_weights(folder: Path) -> dict[str, list[str]]:
     Raises:
         ModelError: the folder holds no weights.
     """
-    from safetensors import SafetensorError, safe_open
-
-    found: dict[str, list[str]] = {}
-    for path in list_weights(folder):
-        wrong = found.setdefault(path.relative_to(folder).as_posix(), [])
-        try:
-            with safe_open(path, framework="numpy") as file:
-                if not list(file.keys()):
-                    wrong.append("holds no tensors")
-        except (SafetensorError, OSError) as error:
-            wrong.append(f"cannot be read ({error}): truncated or no safetensors file; copy or download it again")
+    found = {path.relative_to(folder).as_posix(): [wrong] if (wrong := file_fault(path)) else [] for path in list_weights(folder)}
     if not found:
         raise ModelError(f"{str(folder)!r} holds no .safetensors weights")
     return found

@@ -92,7 +92,7 @@ class Linear(torch.nn.Module):
         self.value = torch.nn.Parameter(torch.tensor(value))
         self.dtype = torch.float32
 
-    def forward(self, latents, times, encoder_hidden_states, return_dict):
+    def forward(self, latents, timestep, encoder_hidden_states, return_dict):
         return (latents * 0 + self.value + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1),)
 
 

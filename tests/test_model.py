@@ -276,13 +276,13 @@ def test_truncated_weights(broken):
 
 def test_missing_weights(broken):
     (broken / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(imagegen.ModelError, match=r"cannot be loaded.*diffusion_pytorch_model"):
+    with pytest.raises(imagegen.ModelError, match=r"vae.*lacks its weights, diffusion_pytorch_model"):
         imagegen.load(broken)
 
 
 def test_weights_of_another_model(broken):
     shutil.copy(broken / "vae/diffusion_pytorch_model.safetensors", broken / "unet/diffusion_pytorch_model.safetensors")
-    with pytest.raises(imagegen.ModelError, match="cannot be loaded"):
+    with pytest.raises(imagegen.ModelError, match=r"unet.*lacks \d+ tensors of a UNet2DConditionModel"):
         imagegen.load(broken)
 
 
@@ -290,7 +290,7 @@ def test_pickled_weights_are_not_opened(broken):
     file = broken / "vae" / "diffusion_pytorch_model.safetensors"
     torch.save({"x": torch.zeros(1)}, file.with_suffix(".bin"))
     file.unlink()
-    with pytest.raises(imagegen.ModelError, match="cannot be loaded"):
+    with pytest.raises(imagegen.ModelError, match=r"pickle only.*not opened"):
         imagegen.load(broken)
 
 

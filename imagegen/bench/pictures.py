@@ -83,7 +83,7 @@ def _settings(model: Model, tiny: bool) -> dict[str, Any]:
 def measure_pictures(source: str, *, tiny: bool, device: str, plan: str) -> dict[str, Any]:
     """Make pictures by stock diffusers and by a plan in turn; return both times, memory and fidelity."""
     model = load(source, device=device, plan=plan)
-    stock = diffusion.stock_runner(model.folder, model.device, model.dtype, model.family)
+    stock = diffusion.stock_runner(model.origin, model.device, model.dtype, model.family)
     settings = _settings(model, tiny)
     prompts = confirm_prompts(model.family.name)[: 2 if tiny else 12]
     model.generate(prompts[0], seed=1, **settings)

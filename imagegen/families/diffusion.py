@@ -4,15 +4,11 @@ This folder alone knows diffusers' pipelines and their names for things. The sto
 work, so that the `exact` plan is the stock picture bit for bit.
 """
 
-import contextlib
 import copy
 import inspect
-import json
-import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,89 +16,26 @@ import torch
 from imagegen.catalog import FAMILIES, TWO_PASSES, Family, fit_family
 from imagegen.families.arguments import call_of, translate
 from imagegen.families.latents import decode_preview, noise_factor
+from imagegen.families.libraries import quiet
+from imagegen.families.loading import load_pipeline, load_stock
 from imagegen.families.run import OnStep, Run, StepState, in_lock_step, watched
 from imagegen.families.texts import cut_text
-from imagegen.request import ModelError, Request, RequestError
+from imagegen.request import Request, RequestError
 from imagegen.sampling import make_scheduler
-from imagegen.weights import check_weights
+from imagegen.sources import Source
 
-__all__ = ["OnStep", "Run", "StepState", "cut_text", "decode_preview", "in_lock_step"]  # what a model needs of this folder
+__all__ = [  # what a model needs of this folder
+    "OnStep",
+    "Run",
+    "StepState",
+    "cut_text",
+    "decode_preview",
+    "in_lock_step",
+    "load_pipeline",
+    "quiet",
+]
 
-NOISY = ("torchao", "torch.utils._pytree", "py.warnings")
 DENOISERS = ("transformer", "unet", "decoder")  # what pipelines call the module that they run at every step
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read a model folder's `model_index.json`.
-
-    Raises:
-        ModelError: the folder is none, or holds no diffusers model.
-    """
-    if not folder.is_dir():
-        raise ModelError(f"no folder {str(folder)!r}: give 'emoji' (the embedded model) or the folder of a diffusers model")
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        if not isinstance(index["_class_name"], str):
-            raise ValueError("_class_name is no text")
-    except FileNotFoundError:
-        raise ModelError(f"{str(folder)!r} is no diffusers model: it has no model_index.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(folder / 'model_index.json')!r} cannot be read: {error}") from None
-    return index
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' loading bars and notices, torchao's at its import among them, off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", *NOISY)]
-    levels = [logger.level for logger in loggers]
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    shown = [library.is_progress_bar_enabled() for library in libraries]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, was_shown in zip(libraries, shown, strict=True):
-            if was_shown:
-                library.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a model folder as its stock diffusers pipeline, from local files and safetensors only.
-
-    Raises:
-        ModelError: weights are missing, truncated or of another model.
-    """
-    for file, wrong in check_weights(folder).items():
-        if wrong:
-            raise ModelError(f"{str(folder / file)!r} {'; '.join(wrong)}")
-    class_name = read_index(folder)["_class_name"]
-    with quiet():
-        import diffusers
-
-        pipeline_class = getattr(diffusers, class_name)
-        try:
-            pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"{str(folder)!r} cannot be loaded: {reason}") from error
-    for name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module):
-            missing = [tensor for tensor, value in component.state_dict().items() if value.is_meta]
-            if missing:
-                raise ModelError(
-                    f"{str(folder)!r} cannot be loaded: {name} lacks {len(missing)} tensors, {missing[0]!r} among them"
-                )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
 
 
 def denoiser_of(pipeline: Any) -> torch.nn.Module:
@@ -230,12 +163,12 @@ def _for_mode(pipeline: Any, request: Request, control: Any) -> Any:
 
 
 def stock_runner(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, family: Family = FAMILIES["emoji"]
+    source: Source, device: torch.device, dtype: torch.dtype = torch.float32, family: Family = FAMILIES["emoji"]
 ) -> Callable[..., list[Any]]:
     """Load diffusers' own pipeline, and nothing that imagegen has loaded.
 
     Args:
-        folder: the model's.
+        source: the model's.
         device: where to run.
         dtype: what to compute in.
         family: the loaded model's.
@@ -245,10 +178,7 @@ def stock_runner(
         second argument, if any, is told the steps done and all, and ends the work by returning False:
         that raises RequestError.
     """
-    with quiet():
-        from diffusers import DiffusionPipeline
-
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    pipeline = load_stock(source, dtype)
     pipeline.to(device).set_progress_bar_config(disable=True)
 
     def run(request: Request, on_step: Callable[[int, int], bool] | None = None) -> list[Any]:

@@ -1,0 +1,123 @@
+"""From a source to its pipeline: every component with its weights, the stock class around them, nothing from the network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imagegen.families import single_file
+from imagegen.families.components import classes_of, has_weights, load_component, no_values, reading, stored_in
+from imagegen.families.libraries import quiet
+from imagegen.request import ModelError
+from imagegen.sources import Source, read_index, weight_files
+
+
+def pipeline_class(source: Source) -> str:
+    """Return the name of a source's pipeline class.
+
+    Raises:
+        ModelError: its folder, or its base's, is no diffusers model.
+    """
+    return read_index(source.diffusers_folder)["_class_name"]
+
+
+def load_pipeline(source: Source, device: torch.device, dtype: torch.dtype | None) -> tuple[Any, dict[str, Path]]:
+    """Load a source as its stock diffusers pipeline, from local files and safetensors only.
+
+    Args:
+        source: found.
+        device: where to run.
+        dtype: what to compute in; None for the dtypes of the files, which are then hardly read: to see whether they fit.
+
+    Returns:
+        The pipeline, and the weight files that it was loaded from, by their names in receipts.
+
+    Raises:
+        ModelError: weights are missing, damaged or of another model, or code would come with them.
+    """
+    import diffusers
+
+    folder = source.diffusers_folder
+    index = read_index(folder)
+    kinds = classes_of(folder, index)
+    kind = getattr(diffusers, index["_class_name"])
+    loaded: dict[str, Any] = {}
+    if source.vae is not None:
+        loaded["vae"] = _load_vae(source, kinds, dtype)
+    own = [name for name, part in kinds.items() if has_weights(part) and name not in loaded]
+    if source.contents is not None:
+        denoiser = "transformer" if "transformer" in kinds else "unet"
+        inside = single_file.parts_inside(source.contents, denoiser, kinds) - set(loaded)
+        own = [name for name in own if name not in inside]
+        own = [name for name in own if name not in single_file.OPTIONAL or (folder / name / "config.json").is_file()]
+        single_file.check_rest(source, own)
+    files = weight_files(source, own)
+    for name in sorted(own):
+        variant = (source.base or source).variant
+        loaded[name] = load_component(folder / name, kinds[name], dtype, variant)
+    if source.contents is not None:
+        pipeline = single_file.load(source, kind, kinds, loaded, dtype or stored_in_file(source))
+    else:
+        with quiet(), reading(folder):
+            pipeline = kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **loaded)
+    _check_whole(source, pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device), files
+
+
+def stored_in_file(source: Source) -> torch.dtype:
+    """Return the dtype of one file's weights; float32 of quantised ones."""
+    return torch.float32 if source.path.suffix == ".gguf" else stored_in(source.path)
+
+
+def _check_whole(source: Source, pipeline: Any) -> None:
+    for name, component in pipeline.components.items():
+        missing = no_values(component) if isinstance(component, torch.nn.Module) else []
+        if missing:
+            raise ModelError(
+                f"{str(source.path)!r} cannot be loaded: {name} lacks {len(missing)} tensors, {missing[0]!r} among them"
+            )
+
+
+def _load_vae(source: Source, kinds: dict[str, type], dtype: torch.dtype | None) -> Any:
+    """Load the decoder that was given beside the model.
+
+    Raises:
+        ModelError: the model has none to replace, or it is for other latents.
+    """
+    import diffusers
+
+    assert source.vae is not None
+    given, own = source.vae, source.diffusers_folder / "vae"
+    if "vae" not in kinds:
+        raise ModelError(f"vae={given.name!r}: this model has no decoder to replace; leave it out")
+    if given.contents is not None:
+        with quiet(), reading(given.path):
+            decoder = kinds["vae"].from_single_file(  # type: ignore[attr-defined]
+                str(given.path), config=str(own), torch_dtype=dtype or stored_in(given.path), local_files_only=True
+            )
+        if no_values(decoder):
+            raise ModelError(f"vae={given.name!r} lacks tensors of this model's decoder: it is of another model")
+    else:
+        with quiet(), reading(given.path):
+            name = str(kinds["vae"].load_config(str(given.path)).get("_class_name"))  # type: ignore[attr-defined]
+            kind = getattr(diffusers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(kind, "decode")):
+            raise ModelError(f"vae={given.name!r} is a {name}, no decoder of latents")
+        decoder = load_component(given.path, kind, dtype, given.variant)
+    wanted = kinds["vae"].load_config(str(own)).get("latent_channels")  # type: ignore[attr-defined]
+    channels = decoder.config.get("latent_channels")
+    if wanted != channels:
+        raise ModelError(f"vae={given.name!r} decodes latents of {channels} channels, and this model has {wanted}")
+    return decoder
+
+
+def load_stock(source: Source, dtype: torch.dtype) -> Any:
+    """Load a source as diffusers does by itself, where it can: a folder, with nothing of ours in between."""
+    if source.contents is not None or source.vae is not None:
+        return load_pipeline(source, torch.device("cpu"), dtype)[0]
+    with quiet():
+        from diffusers import DiffusionPipeline
+
+        options = {"variant": source.variant} if source.variant else {}
+        return DiffusionPipeline.from_pretrained(source.path, dtype=dtype, local_files_only=True, use_safetensors=True, **options)

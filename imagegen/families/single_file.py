@@ -1,0 +1,126 @@
+"""One file that holds a model, in the layouts that tools other than diffusers write, read through diffusers' own conversions.
+
+What the file lacks comes from its base: a folder in diffusers' layout, or the configurations that ship with the package,
+whose text is read by CLIP's tokenizer.
+"""
+
+import contextlib
+import gzip
+from typing import Any
+
+from imagegen.contents import DENOISER, Contents
+from imagegen.families.components import WORTH_IT, reading
+from imagegen.families.libraries import quiet
+from imagegen.families.paging import pages_given_back
+from imagegen.request import ModelError
+from imagegen.sources import Source, bases_folder
+
+OPTIONAL = ("safety_checker", "image_encoder", "text_encoder_3")  # a base that ships with the package may lack them
+MERGES = "clip-merges.txt.gz"
+MARKS = ("<|startoftext|>", "<|endoftext|>")
+
+
+def parts_inside(contents: Contents, denoiser: str, kinds: dict[str, type]) -> set[str]:
+    """Return which components come from the file.
+
+    Args:
+        contents: of the file.
+        denoiser: what the pipeline calls its denoiser.
+        kinds: the classes of its components.
+    """
+    if contents.kind == DENOISER:
+        return {denoiser}
+    inside = {denoiser} | ({"vae"} if "vae" in contents.parts else set())
+    clips = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}
+    inside |= {name for part, name in clips.items() if part in contents.parts}
+    if "t5" in contents.parts:
+        inside |= {name for name, kind in kinds.items() if kind.__name__ == "T5EncoderModel"}
+    return inside
+
+
+def check_rest(source: Source, rest: list[str]) -> None:
+    """Refuse a file that lacks components for which its base has no weights.
+
+    Raises:
+        ModelError: there are such.
+    """
+    assert source.base is not None
+    lacking = [name for name in rest if not any((source.base.path / name).glob("*.safetensors"))]
+    if lacking:
+        ways = "give vae=, or base=" if lacking == ["vae"] else "give base="
+        raise ModelError(
+            f"{source.name!r} holds no {', '.join(lacking)}: {ways}, the folder or the hub id of a model that has it"
+        )
+
+
+def load(source: Source, kind: type, kinds: dict[str, type], loaded: dict[str, Any], dtype: Any) -> Any:
+    """Load a model from one file.
+
+    Args:
+        source: of the file.
+        kind: the pipeline's class.
+        kinds: the classes of its components.
+        loaded: the components that come from elsewhere.
+        dtype: what its weights become.
+
+    Raises:
+        ModelError: it is damaged, or of another model than its base.
+    """
+    assert source.contents is not None and source.base is not None
+    base = source.base.path
+    given = _tokenizers(source, kinds) | {name: None for name in OPTIONAL if name in kinds and name not in loaded} | loaded
+    converts = source.path.stat().st_size > WORTH_IT
+    with quiet(), reading(source.path), pages_given_back([source.path]) if converts else contextlib.nullcontext():
+        if source.contents.kind == DENOISER:
+            name = "transformer" if "transformer" in kinds else "unet"
+            given[name] = _load_denoiser(source, kinds[name], name, dtype)
+            return kind.from_pretrained(str(base), dtype=dtype, local_files_only=True, use_safetensors=True, **given)  # type: ignore[attr-defined]
+        return kind.from_single_file(  # type: ignore[attr-defined]
+            str(source.path), config=str(base), torch_dtype=dtype, local_files_only=True, **given
+        )
+
+
+def _load_denoiser(source: Source, kind: type, name: str, dtype: Any) -> Any:
+    """Load a denoiser that stands alone in its file: quantised, of a GGUF file."""
+    assert source.base is not None
+    if not hasattr(kind, "from_single_file"):
+        raise ModelError(f"diffusers reads no single file of a {kind.__name__}: give a folder in its layout")
+    options: dict[str, Any] = {}
+    if source.path.suffix == ".gguf":
+        from diffusers import GGUFQuantizationConfig
+
+        options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
+    return kind.from_single_file(
+        str(source.path), config=str(source.base.path), subfolder=name, torch_dtype=dtype, local_files_only=True, **options
+    )
+
+
+def _tokenizers(source: Source, kinds: dict[str, type]) -> dict[str, Any]:
+    """Return CLIP's tokenizers for a base that ships with the package; of another base, its own are read."""
+    assert source.base is not None
+    if not source.built_in:
+        return {}
+    second = "!" if source.base.name == "sd2" else MARKS[1]
+    padded_by = {"tokenizer": second, "tokenizer_2": "!"}
+    return {name: clip_tokenizer(pad) for name, pad in padded_by.items() if name in kinds}
+
+
+def clip_tokenizer(pad: str) -> Any:
+    """Return CLIP's tokenizer, 49408 tokens, 77 to a text.
+
+    Its tokens are the bytes, the bytes that end a word, what the merges make of them, and two marks, in this order.
+    Source: Radford et al. (2021), https://github.com/openai/CLIP, `bpe_simple_vocab_16e6.txt`, the merges that it uses.
+
+    Args:
+        pad: the token that fills a text up.
+    """
+    from transformers import CLIPTokenizer
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+    lines = gzip.decompress((bases_folder() / MERGES).read_bytes()).decode("utf-8").splitlines()
+    merges = [tuple(line.split()) for line in lines]
+    letters = list(bytes_to_unicode().values())
+    names = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges), *MARKS]
+    vocab = {name: number for number, name in enumerate(names)}
+    marks = {"bos_token": MARKS[0], "eos_token": MARKS[1], "unk_token": MARKS[1], "pad_token": pad}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, **marks)

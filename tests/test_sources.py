@@ -1,0 +1,227 @@
+"""Every way to name a model leads to the same weights; nothing but a hub id touches the network, and the receipt says which."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hub_cache import COMMIT, fill_cache, serve
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+import imagegen
+from imagegen.sources import find_source
+
+REPO = "someone/tiny-model"
+
+
+def draw(model, **settings):
+    return model("a", seed=1, num_steps=2, width=64, height=64, **settings)
+
+
+def assert_same(one, other):
+    np.testing.assert_array_equal(np.asarray(one.images[0]), np.asarray(other.images[0]))
+
+
+def assert_same_weights(one, other):
+    """Both pipelines hold the same tensors, bit for bit."""
+    for name, part in other.components.items():
+        if isinstance(part, torch.nn.Module):
+            mine, theirs = getattr(one, name).state_dict(), part.state_dict()
+            assert mine.keys() == theirs.keys()
+            for tensor, value in theirs.items():
+                assert mine[tensor].dtype == value.dtype and torch.equal(mine[tensor], value), f"{name}: {tensor}"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty hub cache."""
+    place = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place))
+    return place
+
+
+@pytest.fixture
+def online(cache, monkeypatch, folder_of):
+    """A hub with one repository, `REPO`, on this machine; the addresses that were asked for."""
+    with serve(REPO, folder_of("sd1.5")) as (address, asked):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        yield asked
+
+
+def test_from_the_cache_of_the_hub(cache, folder_of, model_of):
+    fill_cache(cache, REPO, folder_of("sd1.5"))
+    model = imagegen.load(REPO)
+    result = draw(model)
+    assert_same(result, draw(model_of("sd1.5")))
+    recorded = result.pictures[0].receipt.model
+    assert (recorded["source"], recorded["revision"]) == (REPO, COMMIT)
+    assert recorded["sha256"] == model_of("sd1.5").hashes
+
+
+def test_revisions_are_told_apart(cache, folder_of):
+    other = "f" * 40
+    fill_cache(cache, REPO, folder_of("sd1.5"))
+    fill_cache(cache, REPO, folder_of("sdxl"), other, "next")
+    assert find_source(REPO).revision == COMMIT
+    assert find_source(REPO, revision="next").revision == find_source(f"{REPO}@next").revision == other
+    assert find_source(REPO, revision=COMMIT, local_files_only=True).path.name == COMMIT
+    with pytest.raises(imagegen.ModelError, match=r"at revision 'gone'.*HF_HUB_OFFLINE"):
+        find_source(REPO, revision="gone")
+    with pytest.raises(imagegen.ModelError, match="must be a branch"):
+        find_source(REPO, revision="../../etc")
+
+
+def test_download_takes_what_the_model_needs(online, cache, folder_of, tmp_path):
+    found = find_source(REPO)
+    assert found.revision == COMMIT and found.path.is_relative_to(cache)
+    assert_same_weights(
+        imagegen.load(REPO, dtype="float32").pipeline, imagegen.load(folder_of("sd1.5"), dtype="float32").pipeline
+    )
+    asked = len(online)
+    assert find_source(REPO, local_files_only=True).path == found.path
+    assert len(online) == asked
+
+
+def test_what_the_hub_says_no_to(online):
+    with pytest.raises(imagegen.ModelError, match="the hub has no 'someone/else', or it is private"):
+        find_source("someone/else")
+    with pytest.raises(imagegen.ModelError, match="has no revision 'gone'"):
+        find_source(REPO, revision="gone")
+
+
+def test_a_hub_that_does_not_answer(cache, folder_of, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(imagegen.ModelError, match=r"cannot be had from http://127\.0\.0\.1:9"):
+        find_source(REPO)
+    fill_cache(cache, REPO, folder_of("sd1.5"))
+    assert find_source(REPO).revision == COMMIT
+
+
+def test_not_in_the_cache_and_not_to_be_asked_for(cache):
+    with pytest.raises(imagegen.ModelError, match="local_files_only=True forbids"):
+        imagegen.load(REPO, local_files_only=True)
+    with pytest.raises(imagegen.ModelError, match="HF_HUB_OFFLINE=1 forbids"):
+        imagegen.load(REPO)
+
+
+NO_SOCKETS = """
+import socket, sys
+def refuse(*_, **__):
+    raise OSError("the network was asked for")
+socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = refuse
+import imagegen
+for source, more in {sources!r}:
+    model = imagegen.load(source, **more)
+    model("a", seed=1, num_steps=1, width=64, height=64)
+print("made")
+"""
+
+
+def test_local_sources_open_no_socket(folder_of, tmp_path):
+    folder = str(folder_of("sd1.5"))
+    hub = tmp_path / "hub"
+    fill_cache(hub, REPO, folder_of("sd1.5"))
+    sources = [
+        ("emoji", {}),
+        (folder, {"vae": f"{folder}/vae"}),
+        (REPO, {"local_files_only": True}),
+        (str(folder_of("flux")), {}),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | {"HF_HUB_CACHE": str(hub)}
+    command = [sys.executable, "-c", NO_SOCKETS.format(sources=sources)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "made\n", done.stderr[-2000:]
+
+
+def shard(folder, parts=2):
+    """Split a component's weights into shards with an index, as large models come."""
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    names, index = sorted(tensors), {}
+    for part in range(parts):
+        name = f"diffusion_pytorch_model-{part + 1:05}-of-{parts:05}.safetensors"
+        mine = names[part::parts]
+        save_file({key: tensors[key] for key in mine}, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(mine, name)
+    (folder / f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    file.unlink()
+
+
+def test_shards(folder_of, model_of, tmp_path):
+    folder = shutil.copytree(folder_of("sd1.5"), tmp_path / "sharded")
+    shard(folder / "unet")
+    model = imagegen.load(folder)
+    assert_same_weights(model.pipeline, model_of("sd1.5").pipeline)
+    assert sorted(name for name in model.hashes if name.startswith("unet/")) == [
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+    ]
+
+
+def test_variant(folder_of, model_of, tmp_path):
+    folder = shutil.copytree(folder_of("sd1.5"), tmp_path / "variants")
+    for component in ("unet", "vae", "text_encoder"):
+        (plain,) = (folder / component).glob("*.safetensors")
+        half = {name: value.half() if value.is_floating_point() else value for name, value in load_file(plain).items()}
+        save_file(half, plain.with_suffix(".fp16.safetensors"), {"format": "pt"})
+    model = imagegen.load(folder, variant="fp16", dtype="float32")
+    assert {name.rpartition("/")[2].split(".")[1] for name in model.hashes} == {"fp16"}
+    expected = model_of("sd1.5").pipeline.unet.state_dict()
+    for name, value in model.pipeline.unet.state_dict().items():
+        assert torch.equal(value, expected[name].half().float()), name
+    assert_same_weights(imagegen.load(folder).pipeline, model_of("sd1.5").pipeline)
+    assert draw(model).pictures[0].receipt.model["variant"] == "fp16"
+    with pytest.raises(imagegen.ModelError, match=r"give variant= for those of a variant"):
+        for file in folder.glob("*/*model.safetensors"):
+            file.unlink()
+        imagegen.load(folder)
+
+
+def test_a_decoder_of_its_own(folder_of, model_of, tmp_path):
+    torch.manual_seed(7)
+    own = model_of("sd1.5").pipeline.vae
+    other = AutoencoderKL.from_config(own.config).eval()
+    other.save_pretrained(tmp_path / "decoder")
+    file = tmp_path / "decoder" / "diffusion_pytorch_model.safetensors"
+    for vae in (tmp_path / "decoder", file):
+        model = imagegen.load(folder_of("sd1.5"), vae=vae)
+        for name, value in other.state_dict().items():
+            assert torch.equal(model.pipeline.vae.state_dict()[name], value), name
+        recorded = draw(model).pictures[0].receipt.model
+        assert recorded["vae"] == str(vae) and "vae/diffusion_pytorch_model.safetensors" in recorded["sha256"]
+    with pytest.raises(imagegen.ModelError, match="latents of 16 channels, and this model has 4"):
+        imagegen.load(folder_of("sd1.5"), vae=folder_of("flux") / "vae")
+    with pytest.raises(imagegen.ModelError, match="is a UNet2DConditionModel, no decoder"):
+        imagegen.load(folder_of("sd1.5"), vae=folder_of("sd1.5") / "unet")
+
+
+def test_a_receipt_finds_the_model_again(cache, folder_of, tmp_path):
+    fill_cache(cache, REPO, folder_of("sd1.5"))
+    result = draw(imagegen.load(REPO, vae=folder_of("sd1.5") / "vae"))
+    (path,) = result.save(tmp_path)
+    assert imagegen.replay(path).same
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"source": "emoji", "revision": "main"}, "revision='main' is for hub ids"),
+        ({"source": "emoji", "base": "x"}, "base='x' is for one file"),
+        ({"source": "https://example.com/m.safetensors"}, "is an address"),
+        ({"source": "no/such/folder"}, "no folder"),
+        ({"source": "emoji", "vae": "nowhere"}, "vae='nowhere' is not there"),
+        ({"source": "a\0b"}, "no folder"),
+    ],
+)
+def test_wrong_ways_to_name_a_model(given, says):
+    with pytest.raises(imagegen.ModelError, match=says):
+        imagegen.load(**given)
