@@ -124,6 +124,16 @@ def test_what_diffusers_would_leave_out_silently_is_refused(clip, tmp_path):
         clip.add_lora(tmp_path / "dora.safetensors")
 
 
+def test_what_is_left_out_is_said(clip, trained, tmp_path):
+    _, made = trained
+    extra = {"unet.nowhere.lora_A.weight": torch.ones(2, 32), "unet.nowhere.lora_B.weight": torch.ones(32, 2)}
+    save_file(load_file(made.weights) | extra, tmp_path / "more.safetensors", adapters.read_metadata(made.weights))
+    count = sum(name.endswith(("lora_A.weight", ".down.weight")) for name in load_file(made.weights))
+    with pytest.warns(UserWarning, match=f"{count} of the {count + 1} layers of the LoRA"):
+        clip.add_lora(tmp_path / "more.safetensors")
+    clip.remove_loras()
+
+
 def test_several_add_up_and_leave_nothing(clip, folder, trained, tmp_path):
     _, made = trained
     before, once = draw(clip), draw_with(clip, made.weights)

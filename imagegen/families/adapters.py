@@ -6,6 +6,7 @@ of anything but their weights and facts.
 
 import json
 import re
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "imagegen-training"
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
 LAYER = re.compile(r"(?P<part>\w+)\.(?P<layer>.+?)\.(?:lora\.|lora_linear_layer\.|lora_)(?P<way>down|up|A|B)\.weight")
+DOWN = re.compile(r"lora(_linear_layer)?[._](down|A)\.(default\.)?weight$")
 PEFT = "base_model.model."  # what peft itself puts before every name
 
 
@@ -97,7 +99,9 @@ def save_adapter(parts: dict[str, torch.nn.Module], folder: Path, facts: dict[st
     kept: dict[str, Any] = {}
     with quiet():
         for part, module in parts.items():
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(module, adapter_name=ADAPTER))
+            layers = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+            if part.startswith("text_encoder"):  # a denoiser's would be mixed with peft's names, and half of it not be read again
+                layers = convert_state_dict_to_diffusers(layers)
             config = module.peft_config[ADAPTER].to_dict()
             tensors |= {f"{part}.{name}": value for name, value in layers.items()}
             kept |= {f"{part}.{name}": _plain(value) for name, value in sorted(config.items()) if value is not None}
@@ -178,7 +182,18 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
             raise ModelError(f"the LoRA {str(file)!r} does not fit this model: {reason}") from None
     if not _has(pipeline, name):
         raise ModelError(f"the LoRA {str(file)!r} matches no layer of this model: it was made for another one")
+    there, taken = sum(bool(DOWN.search(key)) for key in tensors), _count_layers(pipeline, name)
+    if taken < there:
+        warnings.warn(
+            f"{taken} of the {there} layers of the LoRA {str(file)!r} match this model; the rest is left out", stacklevel=3
+        )
     return file
+
+
+def _count_layers(pipeline: Any, name: str) -> int:
+    """Return how many layers of all parts carry a LoRA of that name."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return sum(name in getattr(layer, "lora_A", {}) for part in parts for layer in part.modules())
 
 
 def _find_file(path: Path) -> Path:
