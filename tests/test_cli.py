@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def loaded(model, monkeypatch):
     """Let commands in this process use the session's model, and leave its modules alone."""
     for commands in (cli.pictures, cli.plans):
-        monkeypatch.setattr(commands, "load_model", lambda *_: model)
+        monkeypatch.setattr(commands, "load_model", lambda *_, **__: model)
     monkeypatch.setattr(cli.pictures, "imports_for_one_picture", contextlib.nullcontext)
 
 
@@ -113,8 +114,10 @@ def test_replay_says_no_with_one(loaded, capsys):
         (["paint"], "No such command 'paint'"),
         (["show", "none.png"], "no file 'none.png'"),
         (["replay", "none.png"], "no file 'none.png'"),
-        (["models", "show", "none"], "no model 'none'"),
-        (["models", "verify", "."], "holds no .safetensors weights"),
+        (["models", "show", "none"], "no folder 'none'"),
+        (["models", "show", "some/one"], "'some/one' is not in the cache of the hub"),
+        (["models", "verify", "."], "has no model_index.json"),
+        (["models", "show", "emoji", "--revision", "main"], "is for hub ids"),
     ],
 )
 def test_bad_use_is_one_line_and_exit_two(loaded, capsys, arguments, says):
@@ -182,11 +185,29 @@ def test_models(capsys):
     assert json.loads(capsys.readouterr().out)["ok"] is True
 
 
-def test_verify_finds_a_truncated_file(capsys):
-    Path("unet").mkdir()
-    Path("unet/w.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    assert cli.run(["models", "verify", "."]) == 1
-    assert "truncated" in capsys.readouterr().out
+def test_verify_finds_a_truncated_file(folder_of, capsys):
+    shutil.copytree(folder_of("sd1.5"), "model")
+    assert cli.run(["models", "verify", "model"]) == 0
+    Path("model/unet/diffusion_pytorch_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    capsys.readouterr()
+    assert cli.run(["models", "verify", "model", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [name for name, wrong in found["files"].items() if wrong] == ["unet/diffusion_pytorch_model.safetensors"]
+    assert "truncated" in found["files"]["unet/diffusion_pytorch_model.safetensors"][0]
+
+
+def test_generate_takes_every_source(folder_of, capsys, monkeypatch):
+    monkeypatch.setattr(cli.pictures, "imports_for_one_picture", contextlib.nullcontext)
+    folder = folder_of("sd1.5")
+    more = ["--seed", "1", "--steps", "1", "--size", "64x64", "--vae", f"{folder}/vae"]
+    file = f"{folder}/unet/diffusion_pytorch_model.safetensors"
+    assert cli.run(["generate", "a", *more, "--model", file, "--base", str(folder)]) == 0
+    recorded = imagegen.read_receipt("1-a.png").model
+    assert (recorded["source"], recorded["base"], recorded["vae"]) == (file, str(folder), f"{folder}/vae")
+    assert cli.run(["replay", "1-a.png"]) == 0
+    assert cli.run(["models", "show", file, "--base", str(folder), "--json"]) == 0
+    assert cli.run(["generate", "a", "--model", file]) == 2
+    assert "give base=" in capsys.readouterr().err
 
 
 def test_doctor_estimates_a_model_before_its_download(capsys):

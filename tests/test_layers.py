@@ -34,6 +34,7 @@ ORDER = [
     "fit",
     "guides",
     "variations",
+    "inspection",
     "model",
     "reference",
     "reference_set",

@@ -1,34 +1,19 @@
 """Commands about models and this machine: list, show, verify, doctor."""
 
-import json
 import warnings
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, card_of, embedded_folder, family_of
-from imagegen.cli.shell import CheckFailed, JsonOption, app, print_json, print_section
+from imagegen.cli.shell import CheckFailed, JsonOption, app, print_json, print_section, takes_source
 from imagegen.licences import licence_named
 from imagegen.request import ModelError
 
 models_app = typer.Typer(help="List the known models, show one, verify its files.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
-
-def _model_folder(name: str) -> Path:
-    folder = embedded_folder() if name == EMBEDDED else Path(name)
-    if not folder.is_dir():
-        raise ModelError(f"no model {name!r}: give {', '.join(CARDS)} or the folder of a diffusers model")
-    return folder
-
-
-def _read_class(folder: Path) -> str:
-    """Return the pipeline class that a model folder names; empty where it names none."""
-    try:
-        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+ModelArgument = Annotated[str, typer.Argument(help="emoji, a folder, a .safetensors or .gguf file, or a hub id (org/name).")]
 
 
 @models_app.command("list")
@@ -44,31 +29,34 @@ def models_list(as_json: JsonOption = False) -> None:
         return
     for card in CARDS.values():
         print(f"{card.name}  ({card.licence})  {card.summary}")
-    print(f"and any folder of a diffusers model of class {', '.join(sorted({f.pipeline for f in FAMILIES.values()}))}")
+    print(f"and any folder, file or hub id of a model of class {', '.join(sorted({f.pipeline for f in FAMILIES.values()}))}")
 
 
 @models_app.command("show")
-def models_show(model: Annotated[str, typer.Argument(help="emoji or a folder.")] = EMBEDDED, as_json: JsonOption = False) -> None:
-    """Show a model's family, licence, defaults, files and hashes.
+@takes_source
+def models_show(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, *, where: dict[str, Any]) -> None:
+    """Show a model's family, licence, defaults, files and hashes; a hub id is looked for in the hub's cache alone.
 
     Example: imagegen models show emoji
 
-    --json: {"name", "folder", "card", "defaults", "files": [{"file", "bytes", "sha256"}]}
+    --json: {"name", "folder", "revision", "card", "defaults", "files": [{"file", "bytes", "sha256"}]}
     """
-    from imagegen.weights import hash_weights
+    from imagegen.sources import all_weights, find_source, read_index
+    from imagegen.weights import hash_files
 
-    folder = _model_folder(model)
-    card = card_of(model)
+    source = find_source(model, local_files_only=True, **where)
+    card = card_of(source.name)
+    family = family_of((source.base or source).name, read_index(source.diffusers_folder)["_class_name"])
+    paths = {path.relative_to(source.folder).as_posix(): path for path in all_weights(source)}
     files: list[dict[str, Any]] = [
-        {"file": name, "bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in hash_weights(folder).items()
+        {"file": name, "bytes": paths[name].stat().st_size, "sha256": digest} for name, digest in hash_files(paths).items()
     ]
-    family = FAMILIES[card.family] if card else family_of(model, _read_class(folder))
-    defaults = vars(family) | (card.changes if card else {}) if family else {}
+    defaults = vars(family) if family else {}
     if as_json:
-        shown = vars(card) if card else None
-        print_json({"name": model, "folder": str(folder), "card": shown, "defaults": defaults, "files": files})
+        shown = {"folder": str(source.folder), "revision": source.revision, "card": vars(card) if card else None}
+        print_json({"name": source.name} | shown | {"defaults": defaults, "files": files})
         return
-    print(f"{model}: {folder}")
+    print(f"{source.label()}: {source.path}" + (f", {source.contents.what}" if source.contents else ""))
     about = vars(card) | {"training on its outputs": licence_named(card.licence).kind} if card else {}
     for title, values in (("card", about), ("defaults", defaults)):
         if values:
@@ -78,25 +66,33 @@ def models_show(model: Annotated[str, typer.Argument(help="emoji or a folder.")]
 
 
 @models_app.command("verify")
-def models_verify(
-    model: Annotated[str, typer.Argument(help="emoji or a folder.")] = EMBEDDED, as_json: JsonOption = False
-) -> None:
-    """Check that a model's weight files are whole: exit 1 where one is not.
+@takes_source
+def models_verify(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, *, where: dict[str, Any]) -> None:
+    """Check a model's files: whole, as their hashes are recorded, and of the shapes that their configuration says.
+
+    Nothing is built in memory. Hashes are recorded by the hub's cache and in a folder's SHA256SUMS. A hub id is looked
+    for in the hub's cache alone. Exit 1 where anything is wrong.
 
     Example: imagegen models verify emoji
 
-    --json: {"ok", "files": {file: [what is wrong with it]}}
+    --json: {"ok", "files": {file or component: [what is wrong with it]}, "notes": [...]}
     """
-    from imagegen.weights import check_weights
+    from imagegen.sources import find_source
 
-    found = check_weights(_model_folder(model))
-    ok = not any(found.values())
+    source = find_source(model, local_files_only=True, **where)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from imagegen.inspection import inspect
+
+        found = inspect(source)
     if as_json:
-        print_json({"ok": ok, "files": found})
+        print_json({"ok": found.ok, "files": found.files, "notes": found.notes})
     else:
-        for name, wrong in found.items():
+        for name, wrong in found.files.items():
             print(f"{name}: {'; '.join(wrong) or 'whole'}")
-    if not ok:
+        for note in found.notes:
+            print(f"note: {note}")
+    if not found.ok:
         raise CheckFailed
 
 
@@ -129,7 +125,7 @@ def doctor(
         import torch
     files = check_weights(embedded_folder())
     ok = not any(files.values())
-    extras = {"demo": "gradio", "train": "peft", "ray": "ray", "fast": "torchao"}
+    extras = {"demo": "gradio", "train": "peft", "ray": "ray", "fast": "torchao", "gguf": "gguf"}
     found = {
         "machine": machine(),
         "versions": versions(),

@@ -29,6 +29,7 @@ from imagegen.cli.shell import (
     load_model,
     print_json,
     print_section,
+    takes_source,
     warnings_as_lines,
 )
 from imagegen.request import RequestError
@@ -56,6 +57,7 @@ def _parse_margins(margins: str | None) -> tuple[int, ...] | None:
 
 
 @app.command()
+@takes_source
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="What to draw; several prompts make several pictures.")],
     seed: Annotated[int | None, typer.Option(help="Seed of the first picture; the next has seed + 1. Default: drawn.")] = None,
@@ -83,6 +85,8 @@ def generate(
     plan: PlanOption = "exact",
     memory_gib: Annotated[float | None, typer.Option(help="Choose levers that save memory, down to this.")] = None,
     as_json: JsonOption = False,
+    *,
+    where: dict[str, Any],
 ) -> None:
     """Make pictures from prompts; each PNG carries the receipt that makes it again.
 
@@ -96,7 +100,7 @@ def generate(
     with warnings_as_lines():
         quick = plan == "exact" and memory_gib is None and not lora
         with imports_for_one_picture() if quick else contextlib.nullcontext():
-            loaded = load_model(model, device, dtype, plan, memory_gib)
+            loaded = load_model(model, device, dtype, plan, where, memory_gib)
         add_loras(loaded, lora)
         add_guides(loaded, control_model, style, style_encoder)
         written, elapsed_s = [], 0.0
@@ -171,7 +175,7 @@ def replay(
 
         _, receipt = open_picture(picture)  # a file without a receipt is refused before any model is loaded
         with contextlib.nullcontext() if receipt.plan.get("levers") or lora else imports_for_one_picture():
-            loaded = load_model(receipt.model["source"], device, receipt.environment.get("dtype"), "exact")
+            loaded = load_model(receipt.model["source"], device, receipt.environment.get("dtype"), "exact", receipt.where())
         add_loras(loaded, lora)
         add_guides(loaded, control_model, style, style_encoder)
         from imagegen.reference import replay as replay_picture

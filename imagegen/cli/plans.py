@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,11 +23,13 @@ from imagegen.cli.shell import (
     load_model,
     print_json,
     progress,
+    takes_source,
     warnings_as_lines,
 )
 
 
 @app.command()
+@takes_source
 def reference(
     folder: Annotated[Path, typer.Argument(help="A new folder for the pictures; with --import, the folder to import.")],
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line; default: thirty of ours.")] = None,
@@ -38,6 +40,8 @@ def reference(
     model: ModelOption = EMBEDDED,
     device: DeviceOption = None,
     as_json: JsonOption = False,
+    *,
+    where: dict[str, Any],
 ) -> None:
     """Record the pictures that plans are held against, and the noise floor; or import another tool's.
 
@@ -51,7 +55,7 @@ def reference(
 
             made = import_reference(import_folder, folder if folder.resolve() != import_folder.resolve() else None)
         else:
-            loaded = load_model(model, device, None, "exact")
+            loaded = load_model(model, device, None, "exact", where)
             from imagegen.reference_set import record_reference
 
             made = record_reference(loaded, prompts, folder, seed=seed, num_steps=steps, guidance=guidance, progress=tell)
@@ -68,6 +72,7 @@ def _decibels(value: float | None) -> str:
 
 
 @app.command()
+@takes_source
 def compare(
     folder: Annotated[Path, typer.Argument(help="A reference set.")],
     plans: PlansOption = ["exact"],  # noqa: B006  Typer wants a list
@@ -80,6 +85,8 @@ def compare(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
+    *,
+    where: dict[str, Any],
 ) -> None:
     """Make a reference set's pictures again under each plan: time, drift, blame; exit 1 where one leaves the budget.
 
@@ -89,7 +96,7 @@ def compare(
     "fidelity": {metric: {"worst", "mean"}} (PSNR null: identical), "levers", "blame"}]}
     """
     with warnings_as_lines(), progress() as tell:
-        loaded = load_model(model, device, dtype, "exact")
+        loaded = load_model(model, device, dtype, "exact", where)
         add_loras(loaded, lora)
         from imagegen.comparison import compare as compare_plans
 
@@ -116,6 +123,7 @@ def compare(
 
 
 @app.command()
+@takes_source
 def tune(
     min_psnr: Annotated[float | None, typer.Option(help="The least PSNR in dB of every picture.")] = None,
     min_ssim: Annotated[float | None, typer.Option(help="Or the least SSIM.")] = None,
@@ -133,6 +141,8 @@ def tune(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
+    *,
+    where: dict[str, Any],
 ) -> None:
     """Find the fastest plan inside a fidelity budget, measured on this machine; use it with --plan profile.json.
 
@@ -143,7 +153,7 @@ def tune(
     """
     check_writable(out.resolve().parent)
     with warnings_as_lines(), progress() as tell:
-        loaded = load_model(model, device, dtype, "exact")
+        loaded = load_model(model, device, dtype, "exact", where)
         from imagegen.prompts import read_prompts
         from imagegen.tuner import tune as find_plan
 

@@ -1,10 +1,12 @@
 """What every command shares: its options, its way to print, warn, show progress and load a model."""
 
 import contextlib
+import functools
+import inspect
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelOption = Annotated[str, typer.Option("--model", help="emoji (embedded) or the folder of a diffusers model.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="emoji (embedded), a folder, a .safetensors or .gguf file, or a hub id (org/name).")
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; default: CUDA where there is one.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the model's own.")]
 PlanOption = Annotated[
@@ -42,11 +46,33 @@ StyleEncoderOption = Annotated[Path | None, typer.Option("--style-encoder", help
 LoraOption = Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:WEIGHT, a LoRA to add; again for another.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's own.")]
 GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="1 is off; default: the model's own.")]
+SOURCE_OPTIONS = {  # what else `load` takes to find a model
+    "revision": Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")],
+    "variant": Annotated[str | None, typer.Option("--variant", help="Of the weights, as in fp16.")],
+    "base": Annotated[str | None, typer.Option("--base", help="For one file: the model that has what the file lacks.")],
+    "vae": Annotated[str | None, typer.Option("--vae", help="Another decoder: a folder, a .safetensors file or a hub id.")],
+}
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 
 
 class CheckFailed(Exception):
     """A check said no: exit code 1."""
+
+
+def takes_source(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say more of its model; it gets them as `where`."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        where = {name: given.pop(name) for name in SOURCE_OPTIONS}
+        command(**given, where=where)
+
+    parameters = [one for one in inspect.signature(command).parameters.values() if one.name != "where"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    more = [inspect.Parameter(name, kind, default=None, annotation=option) for name, option in SOURCE_OPTIONS.items()]
+    run.__signature__ = inspect.Signature([*(one.replace(kind=kind) for one in parameters), *more])  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in (*parameters, *more)}
+    return run
 
 
 def add_loras(model: "Model", given: list[str] | None) -> None:
@@ -95,13 +121,23 @@ def warnings_as_lines() -> Iterator[None]:
             print(f"imagegen: {warning.message}", file=sys.stderr)
 
 
-def load_model(model: str, device: str | None, dtype: str | None, plan: str, memory_gib: float | None = None) -> "Model":
-    """Load a model; what libraries warn of at their import is not shown, and Ctrl-C ends the process there and then."""
+def load_model(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    plan: str,
+    where: dict[str, Any],
+    memory_gib: float | None = None,
+) -> "Model":
+    """Load a model, of whose source `where` says more.
+
+    What libraries warn of at their import is not shown, and Ctrl-C ends the process there and then.
+    """
     with stopped_at_once(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own, at import
         from imagegen.model import load
 
-        return load(model, device=device, dtype=dtype, plan=plan, memory_gib=memory_gib)
+        return load(model, device=device, dtype=dtype, plan=plan, memory_gib=memory_gib, **where)
 
 
 @contextlib.contextmanager

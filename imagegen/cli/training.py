@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from imagegen.catalog import EMBEDDED
-from imagegen.cli.shell import DeviceOption, DtypeOption, JsonOption, ModelOption, app, check_writable, load_model, print_json
+from imagegen.cli.shell import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    app,
+    check_writable,
+    load_model,
+    print_json,
+    takes_source,
+)
 
 if TYPE_CHECKING:
     from imagegen.finetune import Trained
@@ -19,6 +29,7 @@ RightOption = Annotated[
 
 
 @app.command()
+@takes_source
 def finetune(
     data: Annotated[Path, typer.Argument(help="A folder of pictures with captions: metadata.jsonl, or NAME.txt beside each.")],
     out: Annotated[Path, typer.Option(help="Gets the weights, checkpoints/ and cache/.")],
@@ -51,6 +62,8 @@ def finetune(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
+    *,
+    where: dict[str, Any],
 ) -> None:
     """Fine-tune a model on pictures with captions; killed at any moment, --resume goes on as if nothing had happened.
 
@@ -64,7 +77,7 @@ def finetune(
 
     checked = read_dataset(data)  # before the model is loaded
     check_writable(out)
-    loaded = load_model(model, device, dtype, "exact")
+    loaded = load_model(model, device, dtype, "exact", where)
     from imagegen.families import adapters
     from imagegen.finetune import finetune as train
 
@@ -82,6 +95,7 @@ def finetune(
 
 
 @app.command()
+@takes_source
 def distill(
     out: Annotated[Path, typer.Option(help="Gets the student's weights, checkpoints/ and cache/.")],
     student_steps: Annotated[int, typer.Option(help="Of the student; must divide the teacher's.")] = 4,
@@ -107,6 +121,8 @@ def distill(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
+    *,
+    where: dict[str, Any],
 ) -> None:
     """Distil a model into a student that needs a few steps and no guidance.
 
@@ -118,7 +134,7 @@ def distill(
 
     said = tuple(read_prompts(prompts)) if prompts else ()
     check_writable(out)
-    loaded = load_model(model, device, dtype, "exact")
+    loaded = load_model(model, device, dtype, "exact", where)
     from imagegen.finetune import distill as train
 
     made = train(

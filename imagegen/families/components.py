@@ -147,4 +147,6 @@ def reading(place: Path) -> Iterator[None]:
         raise
     except Exception as error:  # they raise anything, from KeyError to their own kinds
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "out of meta tensor" in reason:
+            reason = "it lacks tensors that its configuration, or its base's, names: damaged, or of another model"
         raise ModelError(f"{str(place)!r} cannot be loaded: {reason}") from error

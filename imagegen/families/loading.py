@@ -45,6 +45,7 @@ def load_pipeline(source: Source, device: torch.device, dtype: torch.dtype | Non
     if source.vae is not None:
         loaded["vae"] = _load_vae(source, kinds, dtype)
     own = [name for name, part in kinds.items() if has_weights(part) and name not in loaded]
+    inside: set[str] = set()
     if source.contents is not None:
         denoiser = "transformer" if "transformer" in kinds else "unet"
         inside = single_file.parts_inside(source.contents, denoiser, kinds) - set(loaded)
@@ -56,7 +57,7 @@ def load_pipeline(source: Source, device: torch.device, dtype: torch.dtype | Non
         variant = (source.base or source).variant
         loaded[name] = load_component(folder / name, kinds[name], dtype, variant)
     if source.contents is not None:
-        pipeline = single_file.load(source, kind, kinds, loaded, dtype or stored_in_file(source))
+        pipeline = single_file.load(source, kind, kinds, inside, loaded, dtype or stored_in_file(source))
     else:
         with quiet(), reading(folder):
             pipeline = kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **loaded)
@@ -71,8 +72,12 @@ def stored_in_file(source: Source) -> torch.dtype:
 
 
 def _check_whole(source: Source, pipeline: Any) -> None:
+    """Refuse a pipeline with tensors that no file gave a value."""
     for name, component in pipeline.components.items():
-        missing = no_values(component) if isinstance(component, torch.nn.Module) else []
+        if not isinstance(component, torch.nn.Module):
+            continue
+        component.eval()  # diffusers leaves a T5 from one file as for training: it would drop words at random
+        missing = no_values(component)
         if missing:
             raise ModelError(
                 f"{str(source.path)!r} cannot be loaded: {name} lacks {len(missing)} tensors, {missing[0]!r} among them"

@@ -6,6 +6,8 @@ whose text is read by CLIP's tokenizer.
 
 import contextlib
 import gzip
+import json
+from pathlib import Path
 from typing import Any
 
 from imagegen.contents import DENOISER, Contents
@@ -17,7 +19,6 @@ from imagegen.sources import Source, bases_folder
 
 OPTIONAL = ("safety_checker", "image_encoder", "text_encoder_3")  # a base that ships with the package may lack them
 MERGES = "clip-merges.txt.gz"
-MARKS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def parts_inside(contents: Contents, denoiser: str, kinds: dict[str, type]) -> set[str]:
@@ -53,14 +54,15 @@ def check_rest(source: Source, rest: list[str]) -> None:
         )
 
 
-def load(source: Source, kind: type, kinds: dict[str, type], loaded: dict[str, Any], dtype: Any) -> Any:
+def load(source: Source, kind: type, kinds: dict[str, type], inside: set[str], loaded: dict[str, Any], dtype: Any) -> Any:
     """Load a model from one file.
 
     Args:
         source: of the file.
         kind: the pipeline's class.
         kinds: the classes of its components.
-        loaded: the components that come from elsewhere.
+        inside: those that are in the file.
+        loaded: those that come from elsewhere.
         dtype: what its weights become.
 
     Raises:
@@ -68,7 +70,8 @@ def load(source: Source, kind: type, kinds: dict[str, type], loaded: dict[str, A
     """
     assert source.contents is not None and source.base is not None
     base = source.base.path
-    given = _tokenizers(source, kinds) | {name: None for name in OPTIONAL if name in kinds and name not in loaded} | loaded
+    left_out = {name: None for name in OPTIONAL if name in kinds and name not in inside}
+    given = _tokenizers(source, kinds) | left_out | loaded
     converts = source.path.stat().st_size > WORTH_IT
     with quiet(), reading(source.path), pages_given_back([source.path]) if converts else contextlib.nullcontext():
         if source.contents.kind == DENOISER:
@@ -97,30 +100,24 @@ def _load_denoiser(source: Source, kind: type, name: str, dtype: Any) -> Any:
 
 def _tokenizers(source: Source, kinds: dict[str, type]) -> dict[str, Any]:
     """Return CLIP's tokenizers for a base that ships with the package; of another base, its own are read."""
-    assert source.base is not None
     if not source.built_in:
         return {}
-    second = "!" if source.base.name == "sd2" else MARKS[1]
-    padded_by = {"tokenizer": second, "tokenizer_2": "!"}
-    return {name: clip_tokenizer(pad) for name, pad in padded_by.items() if name in kinds}
+    return {name: clip_tokenizer(source.diffusers_folder / name) for name in kinds if name.startswith("tokenizer")}
 
 
-def clip_tokenizer(pad: str) -> Any:
-    """Return CLIP's tokenizer, 49408 tokens, 77 to a text.
+def clip_tokenizer(folder: Path) -> Any:
+    """Return CLIP's tokenizer of 49408 tokens, as a folder's `tokenizer_config.json` sets it.
 
     Its tokens are the bytes, the bytes that end a word, what the merges make of them, and two marks, in this order.
     Source: Radford et al. (2021), https://github.com/openai/CLIP, `bpe_simple_vocab_16e6.txt`, the merges that it uses.
-
-    Args:
-        pad: the token that fills a text up.
     """
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     lines = gzip.decompress((bases_folder() / MERGES).read_bytes()).decode("utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines]
-    letters = list(bytes_to_unicode().values())
-    names = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges), *MARKS]
-    vocab = {name: number for number, name in enumerate(names)}
-    marks = {"bos_token": MARKS[0], "eos_token": MARKS[1], "unk_token": MARKS[1], "pad_token": pad}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77, **marks)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*letters, *(letter + "</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    names += [config["bos_token"], config["eos_token"]]
+    return CLIPTokenizer(vocab={name: number for number, name in enumerate(names)}, merges=merges, **config)

@@ -1,0 +1,144 @@
+"""Every fault of a model's files is found and named without building the model; a whole one has none."""
+
+import json
+import shutil
+
+import layouts
+import pytest
+import torch
+from hub_cache import fill_cache
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from imagegen.inspection import inspect
+from imagegen.sources import find_source
+from imagegen.weights import hash_weights
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+@pytest.fixture
+def folder(folder_of, tmp_path):
+    return shutil.copytree(folder_of("sd1.5"), tmp_path / "model")
+
+
+def faults(source, **settings):
+    found = inspect(find_source(source, **settings))
+    assert found.ok == (not any(found.files.values()))
+    return {name: wrong for name, wrong in found.files.items() if wrong}
+
+
+def change(file, edit):
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["sd1.5", "sdxl", "sd3", "flux", "sana", "qwen-image"])
+def test_whole_models_have_no_faults(folder_of, name):
+    found = inspect(find_source(folder_of(name)))
+    assert found.ok and len(found.files) >= 3
+    assert found.notes == ["no hashes are recorded: neither by the hub's cache nor in SHA256SUMS"]
+
+
+def test_every_tensor_is_compared(folder):
+    def edit(tensors):
+        del tensors["conv_out.bias"]
+        tensors["conv_in.weight"] = tensors["conv_in.weight"][:8].clone()
+        tensors["time_embedding.linear_1.weight"] = tensors["time_embedding.linear_1.weight"].to(torch.int8)
+
+    def edit_text(tensors):
+        del tensors["final_layer_norm.bias"]
+        tensors["final_layer_norm.weight"] = torch.zeros(3)
+
+    change(folder / UNET, edit)
+    change(folder / TEXT, edit_text)
+    assert faults(folder) == {
+        UNET: [
+            "lacks 'conv_out.bias'",
+            "'conv_in.weight' is [8, 4, 3, 3], and its config.json says [16, 4, 3, 3]",
+            "'time_embedding.linear_1.weight' is I8, which its config.json does not name",
+        ],
+        TEXT: ["lacks 'final_layer_norm.bias'", "'final_layer_norm.weight' is [3], and its config.json says [32]"],
+    }
+
+
+def test_tensors_too_many_are_a_note(folder):
+    change(folder / UNET, lambda tensors: tensors.update(extra=torch.zeros(2)))
+    found = inspect(find_source(folder))
+    assert found.ok and "unet holds 1 tensors that a UNet2DConditionModel does not use, 'extra' first" in found.notes
+
+
+def test_faults_are_counted_where_there_are_many(folder):
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"block_out_channels": [32, 64]}))
+    (wrong,) = faults(folder).values()
+    assert len(wrong) == 9 and wrong[-1].endswith("faults more")
+
+
+def test_several_files_each_have_their_own(folder):
+    (folder / UNET).write_text("<html>")
+    (folder / TEXT).unlink()
+    found = faults(folder)
+    assert found.keys() == {UNET, "text_encoder"}
+    assert "a web page" in found[UNET][0] and "lacks its weights" in found["text_encoder"][0]
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "X", "unet": ["own", "Y"]}))
+    assert "code of its own" in faults(folder)["model_index.json"][0]
+
+
+def test_hashes_that_sha256sum_wrote(folder):
+    lines = [f"{digest}  {name}" for name, digest in hash_weights(folder).items()]
+    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n")
+    found = inspect(find_source(folder))
+    assert found.ok and found.notes == []
+    flip_a_bit(folder / UNET)
+    (wrong,) = faults(folder)[UNET]
+    assert wrong.startswith("its hash is ") and "is recorded: damaged or changed" in wrong
+
+
+def test_hashes_that_the_hubs_cache_keeps(folder_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    place = fill_cache(tmp_path, "someone/tiny", folder_of("sd1.5"))
+    assert faults("someone/tiny") == {}
+    flip_a_bit((place / UNET).resolve())
+    assert "is recorded: damaged" in faults("someone/tiny")[UNET][0]
+
+
+def test_hashes_of_a_download_into_a_folder(folder):
+    note = folder / ".cache/huggingface/download" / f"{UNET}.metadata"
+    note.parent.mkdir(parents=True)
+    note.write_text(f"{'0' * 40}\n{hash_weights(folder)[UNET]}\n1700000000.0\n")
+    assert faults(folder) == {}
+    flip_a_bit(folder / UNET)
+    assert "is recorded: damaged" in faults(folder)[UNET][0]
+
+
+def test_one_file(tmp_path):
+    folder, file = layouts.write("sd1", tmp_path)
+    assert faults(file, base=folder) == {}
+    change(file, lambda tensors: tensors.pop("model.diffusion_model.out.2.bias"))
+    (wrong,) = faults(file, base=folder)["sd1.safetensors"]
+    assert "lacks tensors that its configuration, or its base's, names" in wrong
+
+
+def test_nothing_is_built_in_memory(folder, monkeypatch):
+    """No tensor of a float type is made outside of the meta device."""
+    made = []
+    empty = torch.empty
+
+    def watched(*shape, **settings):
+        value = empty(*shape, **settings)
+        if not value.is_meta and value.numel() > 256:
+            made.append(tuple(value.shape))
+        return value
+
+    monkeypatch.setattr(torch, "empty", watched)
+    assert faults(folder) == {}
+    assert made == []
