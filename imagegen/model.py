@@ -8,7 +8,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from imagegen import profile as profiles
 from imagegen import receipt as receipts
 from imagegen.catalog import EMBEDDED, FAMILIES, Family, card_of, embedded_folder, family_of
-from imagegen.families import adapters, diffusion
+from imagegen.families import adapters, diffusion, janus
 from imagegen.families.arguments import is_guided
 from imagegen.families.weighting import has_weights, reads_on, why_not
 from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
@@ -30,7 +30,7 @@ from imagegen.request import ModelError, PlanError, Request, RequestError, build
 from imagegen.result import Picture, Result
 from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
 from imagegen.variations import Settings, Variations
-from imagegen.weights import hash_file, hash_weights, stored_dtype
+from imagegen.weights import hash_file, hash_files, hash_weights, stored_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +44,8 @@ class Step:
         index: number of the step, from 0.
         num_steps: steps of this run.
         elapsed_s: seconds since the stream began.
-        latents: (B, C, h, w), the state after this step, on the model's device.
+        latents: (B, C, h, w), the state after this step, on the model's device; (B, n) int64, the codes so far, of
+            models that draw one token after the other.
         result: the finished pictures, on the last step only.
     """
 
@@ -75,13 +76,25 @@ class Model(Variations, Guides):
         pipeline: the diffusers pipeline, for everything that is not here.
         guides: the ControlNet (`control`) and the IP-Adapter (`style`) that were added: `name` and `sha256`.
         control: the ControlNet itself, or None.
+        vae: where its decoder was loaded from, if that was said.
         loras: those that were added: `name` of the file, its `sha256`, and its `weight`.
         memory: which memory levers a budget chose, or an out-of-memory error added, and why; in words.
     """
 
-    def __init__(self, source: str, folder: Path, family: Family, pipeline: Any, memory_gib: float | None = None) -> None:
-        """Wrap a loaded pipeline; users call `load`."""
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        family: Family,
+        pipeline: Any,
+        memory_gib: float | None = None,
+        files: Mapping[str, Path] | None = None,
+        vae: str | None = None,
+    ) -> None:
+        """Wrap a loaded pipeline; users call `load`. `files` are its weights by name, if they are not all of the folder's."""
         self.source = source
+        self._files = files
+        self.vae = vae
         self.folder = folder
         self.family = family
         self.pipeline = pipeline
@@ -108,7 +121,7 @@ class Model(Variations, Guides):
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every weight file by its path inside the folder."""
-        return hash_weights(self.folder)
+        return hash_weights(self.folder) if self._files is None else hash_files(self._files)
 
     @property
     def licence(self) -> str | None:
@@ -238,7 +251,8 @@ class Model(Variations, Guides):
                 are followed by what `add_control` and `add_style` loaded; `long_prompt` reads a prompt
                 to its end; `true_guidance` adds guidance in two passes where `guidance` is an input of
                 the model; `noise` (B, C, h, w) of unit variance replaces the noise that the seeds
-                would draw.
+                would draw; `temperature` is for models that draw one token after the other, 0
+                taking the most likely.
 
         Raises:
             RequestError: a setting is wrong; the message says which and what to do.
@@ -352,6 +366,7 @@ class Model(Variations, Guides):
         return Result([Picture(*pair) for pair in zip(images, receipts_of, strict=True)], elapsed_s)
 
     def _receipt(self, request: Request, image: "Image", given_noise: bool) -> receipts.Receipt:
+        scheduler = getattr(self.pipeline, "scheduler", None)
         return receipts.Receipt(
             version=receipts.VERSION,
             request=receipts.describe_request(request, given_noise),
@@ -363,10 +378,11 @@ class Model(Variations, Guides):
                 "sha256": self.hashes,
                 "licence": self.licence,
                 **self.guides,
+                "vae": self.vae,
             },
             loras=[dict(lora) for lora in self.loras],
             plan={"name": self.plan.name, "levers": self.applied},
-            environment=environment(self.device, self.dtype) | {"scheduler": type(self.pipeline.scheduler).__name__},
+            environment=environment(self.device, self.dtype) | ({"scheduler": type(scheduler).__name__} if scheduler else {}),
         )
 
 
@@ -377,16 +393,18 @@ def load(
     dtype: str | torch.dtype | None = None,
     plan: str | Path | Plan = "exact",
     memory_gib: float | None = None,
+    vae: str | Path | None = None,
 ) -> Model:
     """Load a model; touches no network.
 
     Args:
-        source: `emoji`, the embedded model, or the folder of a diffusers model.
+        source: `emoji`, the embedded model, the folder of a diffusers model, or the folder or file of a Janus model.
         device: `cpu`, `cuda`, `cuda:1` …; by default CUDA where there is one.
         dtype: a torch dtype or its name; by default the family's reference dtype.
         plan: what `Model.set_plan` takes.
         memory_gib: the most memory to take for a picture of the native size; levers that save memory are
             chosen by an estimate, and `Model.memory` says which.
+        vae: the folder of the decoder, for JanusFlow, whose own weights hold none; by default the `vae/` in its folder.
 
     Raises:
         ModelError: the model is missing, broken, of an unknown kind, or cannot run there.
@@ -397,6 +415,14 @@ def load(
         raise ModelError(f"memory_gib must be above 0, got {memory_gib!r}")
     name = str(source)
     folder = embedded_folder() if name == EMBEDDED else Path(source)
+    found = janus.find(folder)
+    if found is not None:
+        model = _load_janus(name, found, chosen_device, dtype, memory_gib, vae)
+        if plan != "exact":
+            model.set_plan(plan)
+        return model
+    if vae is not None:
+        raise ModelError(f"vae= is for JanusFlow, whose own weights hold no decoder, and {name!r} is none: leave it out")
     pipeline_class = diffusion.read_index(folder)["_class_name"]
     if folder.resolve() == embedded_folder().resolve():
         name = EMBEDDED
@@ -414,6 +440,20 @@ def load(
     if plan != "exact":
         model.set_plan(plan)
     return model
+
+
+def _load_janus(
+    name: str, found: janus.Folder, device: torch.device, dtype: Any, memory_gib: float | None, vae: str | Path | None
+) -> Model:
+    if memory_gib is not None:
+        raise ModelError("memory_gib= has no estimate for Janus: leave it out; plan='decode-slicing' saves memory of a batch")
+    family = FAMILIES[found.kind]
+    pipeline, files = janus.load(found, Path(vae) if vae is not None else None, device, _find_dtype(dtype, device, family))
+    size = pipeline.size_px
+    family = replace(family, size_px=size, multiple_px=size, min_px=size, max_px=size)
+    if family.temperature is not None:
+        family = replace(family, num_steps=pipeline.num_timesteps)
+    return Model(name, found.folder, family, pipeline, files=files, vae=str(vae) if vae is not None else None)
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

@@ -33,6 +33,7 @@ TAKEN_FROM_RECEIPT = (
     "control_weight",
     "style_weight",
     "long_prompt",
+    "temperature",
 )
 
 
@@ -93,7 +94,9 @@ def replay(
             raise ReceiptError(f"{str(picture)!r} was made with {name}=: give that picture again")
         if given is not None and not wanted:
             raise ReceiptError(f"{str(picture)!r} was made without {name}=: leave it out")
-    used = model or load(receipt.model["source"], device=device, dtype=receipt.environment.get("dtype"))
+    used = model or load(
+        receipt.model["source"], device=device, dtype=receipt.environment.get("dtype"), vae=receipt.model.get("vae")
+    )
     if receipt.loras != used.loras:
         wanted = ", ".join(f"{lora.get('name')} at {lora.get('weight')}" for lora in receipt.loras) or "no LoRA"
         raise ReceiptError(

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,18 @@ def hash_weights(folder: Path) -> dict[str, str]:
     Raises:
         ModelError: a file cannot be read.
     """
+    return hash_files({path.relative_to(folder).as_posix(): path for path in list_weights(folder)})
+
+
+def hash_files(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return the SHA-256 of files by their names.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
     remembered = read_remembered("hashes")
     found, fresh = {}, False
-    for path in list_weights(folder):
+    for name, path in files.items():
         try:
             facts = path.stat()
             key = f"{path.resolve()}|{facts.st_size}|{facts.st_mtime_ns}"
@@ -84,7 +94,7 @@ def hash_weights(folder: Path) -> dict[str, str]:
                 fresh = True
         except OSError as error:
             raise ModelError(f"cannot read the weights {str(path)!r}: {error.strerror}") from None
-        found[path.relative_to(folder).as_posix()] = remembered[key]
+        found[name] = remembered[key]
     if fresh:
         remember("hashes", remembered)
     return found

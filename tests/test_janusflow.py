@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from imagegen.families import janus, janusflow
+from imagegen.families import janus
 from imagegen.families.convnext import GlobalResponseNorm
 
 FOLDER = Path(__file__).parent / "fixtures" / "janusflow-tiny"
@@ -20,11 +20,8 @@ PROMPTS = [entry["prompt"] for entry in EXPECTED["prompts"]]
 STEPS = EXPECTED["num_steps"]
 
 
-def load_flow(dtype=torch.float32, folder=FOLDER, vae=None):
-    config = janus.read_config(folder)
-    pipeline = janusflow.load(folder, config, janus.weight_files(folder), vae or folder, torch.device("cpu"), dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def load_flow(dtype=torch.float32, folder=FOLDER):
+    return janus.load(janus.find(folder), None, torch.device("cpu"), dtype)[0]
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,7 @@ SEEDS = [entry["seed"] for entry in EXPECTED["prompts"]]
 
 
 def load_pro(folder=FOLDER, dtype=torch.float32):
-    pipeline = januspro.load(folder, janus.read_config(folder), janus.weight_files(folder), torch.device("cpu"), dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return janus.load(janus.find(folder), None, torch.device("cpu"), dtype)[0]
 
 
 @pytest.fixture(scope="module")
@@ -280,4 +278,4 @@ def test_sharded_pickles_are_read(pro, tmp_path):
     sharded = load_pro(tmp_path)
     assert torch.equal(sharded(PROMPTS[0], temperature=0.0, output_type="latent").images, TENSORS["p0.greedy_ids"])
     save_file(whole, tmp_path / "model.safetensors")
-    assert [file.name for file in janus.weight_files(tmp_path)] == ["model.safetensors"]
+    assert [file.name for file in janus.find(tmp_path).weights()] == ["model.safetensors"]

@@ -22,6 +22,7 @@ from imagegen.cli.shell import (
     StyleEncoderOption,
     StyleImageOption,
     StyleOption,
+    VaeOption,
     add_guides,
     add_loras,
     app,
@@ -75,6 +76,7 @@ def generate(
     style: StyleOption = None,
     style_encoder: StyleEncoderOption = None,
     true_guidance: Annotated[float | None, typer.Option(help="In two passes, where guidance is an input of the model.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of models that draw token by token; 0: the most likely.")] = None,
     lora: LoraOption = None,
     out: Annotated[Path, typer.Option(help="Where to write the pictures.")] = Path(),
     model: ModelOption = EMBEDDED,
@@ -82,6 +84,7 @@ def generate(
     dtype: DtypeOption = None,
     plan: PlanOption = "exact",
     memory_gib: Annotated[float | None, typer.Option(help="Choose levers that save memory, down to this.")] = None,
+    vae: VaeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make pictures from prompts; each PNG carries the receipt that makes it again.
@@ -96,7 +99,7 @@ def generate(
     with warnings_as_lines():
         quick = plan == "exact" and memory_gib is None and not lora
         with imports_for_one_picture() if quick else contextlib.nullcontext():
-            loaded = load_model(model, device, dtype, plan, memory_gib)
+            loaded = load_model(model, device, dtype, plan, memory_gib, vae)
         add_loras(loaded, lora)
         add_guides(loaded, control_model, style, style_encoder)
         written, elapsed_s = [], 0.0
@@ -119,6 +122,7 @@ def generate(
                 control=control,
                 style_image=style_image,
                 true_guidance=true_guidance,
+                temperature=temperature,
             )
             elapsed_s += result.elapsed_s
             for path, picture in zip(result.save(out), result.pictures, strict=True):
@@ -171,7 +175,8 @@ def replay(
 
         _, receipt = open_picture(picture)  # a file without a receipt is refused before any model is loaded
         with contextlib.nullcontext() if receipt.plan.get("levers") or lora else imports_for_one_picture():
-            loaded = load_model(receipt.model["source"], device, receipt.environment.get("dtype"), "exact")
+            made_with, made_in = receipt.model, receipt.environment.get("dtype")
+            loaded = load_model(made_with["source"], device, made_in, "exact", vae=made_with.get("vae"))
         add_loras(loaded, lora)
         add_guides(loaded, control_model, style, style_encoder)
         from imagegen.reference import replay as replay_picture

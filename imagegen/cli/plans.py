@@ -17,6 +17,7 @@ from imagegen.cli.shell import (
     ModelOption,
     PlansOption,
     StepsOption,
+    VaeOption,
     add_loras,
     app,
     check_writable,
@@ -36,6 +37,7 @@ def reference(
     steps: StepsOption = None,
     guidance: GuidanceOption = None,
     model: ModelOption = EMBEDDED,
+    vae: VaeOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,7 +53,7 @@ def reference(
 
             made = import_reference(import_folder, folder if folder.resolve() != import_folder.resolve() else None)
         else:
-            loaded = load_model(model, device, None, "exact")
+            loaded = load_model(model, device, None, "exact", vae=vae)
             from imagegen.reference_set import record_reference
 
             made = record_reference(loaded, prompts, folder, seed=seed, num_steps=steps, guidance=guidance, progress=tell)
@@ -77,6 +79,7 @@ def compare(
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write report.html and report.json into this folder.")] = None,
     model: ModelOption = EMBEDDED,
+    vae: VaeOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -89,7 +92,7 @@ def compare(
     "fidelity": {metric: {"worst", "mean"}} (PSNR null: identical), "levers", "blame"}]}
     """
     with warnings_as_lines(), progress() as tell:
-        loaded = load_model(model, device, dtype, "exact")
+        loaded = load_model(model, device, dtype, "exact", vae=vae)
         add_loras(loaded, lora)
         from imagegen.comparison import compare as compare_plans
 

@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelOption = Annotated[str, typer.Option("--model", help="emoji (embedded) or the folder of a diffusers model.")]
+ModelOption = Annotated[str, typer.Option("--model", help="emoji (embedded), or the folder of a diffusers or Janus model.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 …; default: CUDA where there is one.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the model's own.")]
 PlanOption = Annotated[
@@ -39,6 +39,7 @@ ControlModelOption = Annotated[Path | None, typer.Option("--control-model", help
 StyleImageOption = Annotated[Path | None, typer.Option("--style-image", help="Follow the style of this picture.")]
 StyleOption = Annotated[Path | None, typer.Option("--style", help="The IP-Adapter that does, a .safetensors file.")]
 StyleEncoderOption = Annotated[Path | None, typer.Option("--style-encoder", help="Folder of its CLIP vision model.")]
+VaeOption = Annotated[str | None, typer.Option("--vae", help="Folder of the decoder, where a model lacks one (JanusFlow).")]
 LoraOption = Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:WEIGHT, a LoRA to add; again for another.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's own.")]
 GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="1 is off; default: the model's own.")]
@@ -95,13 +96,20 @@ def warnings_as_lines() -> Iterator[None]:
             print(f"imagegen: {warning.message}", file=sys.stderr)
 
 
-def load_model(model: str, device: str | None, dtype: str | None, plan: str, memory_gib: float | None = None) -> "Model":
+def load_model(
+    model: str,
+    device: str | None,
+    dtype: str | None,
+    plan: str,
+    memory_gib: float | None = None,
+    vae: str | None = None,
+) -> "Model":
     """Load a model; what libraries warn of at their import is not shown, and Ctrl-C ends the process there and then."""
     with stopped_at_once(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own, at import
         from imagegen.model import load
 
-        return load(model, device=device, dtype=dtype, plan=plan, memory_gib=memory_gib)
+        return load(model, device=device, dtype=dtype, plan=plan, memory_gib=memory_gib, vae=vae)
 
 
 @contextlib.contextmanager

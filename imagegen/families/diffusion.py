@@ -229,6 +229,16 @@ def _for_mode(pipeline: Any, request: Request, control: Any) -> Any:
     return with_class(kind, pipeline)
 
 
+def check_stock(folder: Path) -> None:
+    """Refuse what compares with stock diffusers where diffusers has no pipeline of its own.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"diffusers has no pipeline for {str(folder)!r} to compare with: use reference and compare instead")
+
+
 def stock_runner(
     folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, family: Family = FAMILIES["emoji"]
 ) -> Callable[..., list[Any]]:
@@ -244,7 +254,11 @@ def stock_runner(
         A function of a text-to-image request, which returns its PIL pictures, each from its own seed. Its
         second argument, if any, is told the steps done and all, and ends the work by returning False:
         that raises RequestError.
+
+    Raises:
+        ModelError: diffusers has no pipeline of its own for this model.
     """
+    check_stock(folder)
     with quiet():
         from diffusers import DiffusionPipeline
 

@@ -21,45 +21,89 @@ BEGIN_OF_IMAGE = "<begin_of_image>"
 FLOW, PRO = "janusflow", "janus-pro"
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return a folder's `config.json` if it is a Janus model's, in the official layout or that of transformers; else None.
+@dataclass(frozen=True)
+class Folder:
+    """A Janus model's folder.
 
-    Raises:
-        ModelError: it is one of these by its name, but cannot be read.
+    Attributes:
+        folder: where it is.
+        config: its `config.json`.
+        kind: `janusflow`, or `janus-pro`, which Janus-1.3B is as well.
+        file: its weights, where the user named one file; else None.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        if (folder / "model_index.json").exists():
-            return None
-        raise ModelError(f"{str(folder / 'config.json')!r} cannot be read: {error}") from None
-    known = isinstance(config, dict) and config.get("model_type") in ("multi_modality", "janus")
-    return config if known and kind_of(config) else None
+
+    folder: Path
+    config: dict[str, Any]
+    kind: str
+    file: Path | None = None
+
+    def weights(self) -> list[Path]:
+        """Return the files that hold its weights: safetensors at the top of the folder, else PyTorch's.
+
+        Raises:
+            ModelError: there are none.
+        """
+        if self.file is not None:
+            return [self.file]
+        found = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("pytorch_model*.bin"))
+        if not found:
+            raise ModelError(f"{str(self.folder)!r} holds no weights: a Janus folder has model.safetensors or pytorch_model.bin")
+        return found
 
 
-def kind_of(config: dict[str, Any]) -> str | None:
-    """Return which kind of Janus a configuration is: `janusflow`, `janus-pro` (Janus-1.3B as well), or None."""
-    if "vision_gen_enc_config" in config:
-        return FLOW
-    return PRO if "gen_vision_config" in config or config.get("model_type") == "janus" else None
-
-
-def weight_files(folder: Path, file: Path | None = None) -> list[Path]:
-    """Return the files that hold the weights: safetensors at the top of the folder, else PyTorch's.
+def find(source: Path) -> Folder | None:
+    """Return a Janus model's folder, in the official layout or that of transformers; None for everything else.
 
     Args:
-        folder: the model's.
-        file: the one that the user named, if any.
+        source: the folder, or the file of weights in it.
+    """
+    folder = source.parent if source.suffix in (".safetensors", ".bin") else source
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    kind = None
+    if isinstance(config, dict) and config.get("model_type") == "multi_modality":
+        kind = FLOW if "vision_gen_enc_config" in config else PRO if "gen_vision_config" in config else None
+    elif isinstance(config, dict) and config.get("model_type") == "janus":
+        kind = PRO
+    return Folder(folder, config, kind, source if folder != source else None) if kind else None
+
+
+def load(found: Folder, vae: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Path]]:
+    """Load a Janus model.
+
+    Args:
+        found: its folder.
+        vae: the folder of JanusFlow's decoder; None for the `vae/` in its own.
+        device: where to run.
+        dtype: of the weights and of what is computed.
+
+    Returns:
+        The pipeline, and its files of weights by name, those of a decoder from elsewhere under `vae/`.
 
     Raises:
-        ModelError: there are none.
+        ModelError: something is missing, damaged or of another model.
     """
-    found = [file] if file else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not found:
-        raise ModelError(f"{str(folder)!r} holds no weights: a Janus folder has model.safetensors or pytorch_model.bin")
-    return found
+    from imagegen.families import janusflow, januspro
+
+    if vae is not None and found.kind != FLOW:
+        raise ModelError(f"{str(found.folder)!r} holds its own decoder: leave vae= out")
+    files = {file.name: file for file in found.weights()}
+    try:
+        if found.kind == PRO:
+            pipeline = januspro.load(found, device, dtype)
+        else:
+            decoder = janusflow.find_vae(vae or found.folder)
+            pipeline = janusflow.load(found, decoder, device, dtype)
+            files |= {f"vae/{file.name}": file for file in sorted(decoder.glob("*.safetensors"))}
+    except (ModelError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever the libraries raise at entries that are missing or of another kind
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(f"{str(found.folder / 'config.json')!r} describes no Janus model that can be made ({said})") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, files
 
 
 def read_weights(files: Sequence[Path], rename: Callable[[str], str | None], dtype: torch.dtype) -> dict[str, torch.Tensor]:

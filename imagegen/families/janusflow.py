@@ -5,9 +5,11 @@ as tokens, and its last states become a velocity. The prompt's keys and values n
 Source: Ma et al. (2024), https://arxiv.org/abs/2411.07975.
 """
 
+import contextlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -27,6 +29,19 @@ from imagegen.request import ModelError
 Prefix = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 PARTS = ("vision_gen_enc_model.", "vision_gen_enc_aligner.", "vision_gen_dec_")
 VAE_WANTED = "the folder of an AutoencoderKL for these latents, as stabilityai/sdxl-vae is (config.json and its weights)"
+
+
+class Remembered:
+    """What a language model asks of a cache: its keys and values before the new ones. Keeps nothing of a call."""
+
+    def __init__(self, prefix: Prefix) -> None:
+        """Take each layer's keys and values."""
+        self.prefix = prefix
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values that a layer's new tokens may see."""
+        before = self.prefix[layer]
+        return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
 
 
 class JanusFlowTransformer(ModelMixin, ConfigMixin):
@@ -85,7 +100,7 @@ class JanusFlowTransformer(ModelMixin, ConfigMixin):
             inputs_embeds=torch.cat([time[:, None], tokens], dim=1),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=DynamicCache(prefix),
+            past_key_values=Remembered(prefix),
         ).last_hidden_state[:, 1:]
         states = self.vision_gen_dec_aligner(self.vision_gen_dec_aligner_norm(states))
         states = states.transpose(1, 2).unflatten(2, features.shape[-2:])
@@ -102,6 +117,9 @@ class JanusFlowPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ("latents",)
+    unfit_levers: ClassVar[dict[str, str]] = {
+        "openvino": "OpenVINO cannot read this model's network, which takes keys and values: use compile"
+    }
 
     def __init__(self, transformer: Any, vae: Any, tokenizer: Any, scheduler: Any) -> None:
         """Put the components together."""
@@ -233,14 +251,12 @@ class JanusFlowPipeline(DiffusionPipeline):
         return {"prefix": prefix, "attention_mask": mask[:, None], "position_ids": positions}
 
 
-def load(folder: Path, config: dict[str, Any], files: Sequence[Path], vae: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def load(found: janus.Folder, vae: Path, device: torch.device, dtype: torch.dtype) -> JanusFlowPipeline:
     """Load an official JanusFlow folder.
 
     Args:
-        folder: the model's.
-        config: its `config.json`.
-        files: its weights.
-        vae: the folder of the decoder, or one that holds it as `vae/`.
+        found: the model's folder.
+        vae: the folder of the decoder, from `find_vae`.
         device: where to run.
         dtype: of the weights and of what is computed.
 
@@ -249,15 +265,16 @@ def load(folder: Path, config: dict[str, Any], files: Sequence[Path], vae: Path,
     """
     if dtype == torch.float16:
         raise ModelError("JanusFlow's decoder overflows in float16: use dtype='bfloat16' or 'float32'")
+    config = found.config
     encoder, decoder = config["vision_gen_enc_config"]["params"], config["vision_gen_dec_config"]["params"]
     grid = config["vision_und_enc_config"]["params"]["image_size"] // 16
     with init_empty_weights(include_buffers=False):
         transformer = JanusFlowTransformer(config["language_config"], encoder, decoder, grid)
-    weights = janus.read_weights(files, _name_here, dtype)
+    weights = janus.read_weights(found.weights(), _name_here, dtype)
     return JanusFlowPipeline(
-        janus.fill(transformer, weights, folder),
-        load_vae(vae, dtype),
-        janus.read_tokenizer(folder),
+        janus.fill(transformer, weights, found.folder),
+        _load_vae(vae, dtype),
+        janus.read_tokenizer(found.folder),
         FlowMatchEulerDiscreteScheduler(shift=1.0, invert_sigmas=True),
     ).to(device)
 
@@ -269,20 +286,23 @@ def _name_here(name: str) -> str | None:
     return name if name.startswith(PARTS) else None
 
 
-def load_vae(folder: Path, dtype: torch.dtype) -> Any:
-    """Load the decoder from its folder, or from the `vae/` inside.
+def find_vae(folder: Path) -> Path:
+    """Return the decoder's folder: this one, or the `vae/` inside.
 
     Raises:
-        ModelError: it is not there, or is another kind of model.
+        ModelError: there is none.
     """
-    found = folder if (folder / "config.json").is_file() and not (folder / "vae").is_dir() else folder / "vae"
-    if not (found / "config.json").is_file():
-        raise ModelError(
-            f"JanusFlow needs a decoder beside its own weights, and {str(found)!r} has none: pass vae=, {VAE_WANTED}"
-        )
+    for found in (folder / "vae", folder):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads((found / "config.json").read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL":
+                return found
+    raise ModelError(f"JanusFlow needs a decoder beside its own weights, and {str(folder)!r} has none: pass vae=, {VAE_WANTED}")
+
+
+def _load_vae(folder: Path, dtype: torch.dtype) -> Any:
     try:
-        vae = AutoencoderKL.from_pretrained(found, dtype=dtype, local_files_only=True, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever the libraries raise
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{str(found)!r} cannot be loaded as JanusFlow's decoder ({reason}): vae= takes {VAE_WANTED}") from None
+        raise ModelError(f"{str(folder)!r} cannot be loaded as JanusFlow's decoder ({reason}): vae= takes {VAE_WANTED}") from None
     return vae.eval()

@@ -6,10 +6,8 @@ and a token is looked up, computed, guided and drawn on the device, without the 
 Source: Chen et al. (2025), https://arxiv.org/abs/2501.17811.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -22,11 +20,13 @@ from torch import nn
 from transformers import JanusVQVAEConfig, StaticCache
 from transformers.models.janus import modeling_janus
 
-from imagegen.families import janus
+from imagegen.families import janus, layouts
+from imagegen.families.layouts import PATCH
 from imagegen.request import ModelError
 
+STATEFUL = "this model's network writes into its cache at every call, which {} does not do: leave it out"
+ONE_BY_ONE = "this model draws its codes one by one, and has no denoising steps to {}: leave it out"
 GREY = (128, 128, 128)  # what a preview shows where nothing is drawn yet
-PATCH = 16  # pixels along a code's side
 
 
 class JanusProTransformer(ModelMixin, ConfigMixin):
@@ -112,6 +112,12 @@ class JanusProPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ("latents",)
     scheduler = None
     vae_scale_factor = PATCH
+    unfit_levers: ClassVar[dict[str, str]] = {
+        **{name: STATEFUL.format(name) for name in ("openvino", "cuda-graph", "step-graph")},
+        "step-cache": ONE_BY_ONE.format("skip"),
+        "fewer-steps": ONE_BY_ONE.format("leave out"),
+        "tiny-decoder": "a small decoder is for latents, and this model has codes: leave it out",
+    }
 
     def __init__(self, transformer: Any, vae: Any, tokenizer: Any) -> None:
         """Put the components together."""
@@ -317,86 +323,25 @@ def _draw(generators: Sequence[Any], count: int, num_codes: int, device: torch.d
     return draws.to(device, non_blocking=True)
 
 
-def load(folder: Path, config: dict[str, Any], files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> Any:
+def load(found: janus.Folder, device: torch.device, dtype: torch.dtype) -> JanusProPipeline:
     """Load a folder of Janus or Janus-Pro, in the official layout or that of transformers.
 
     Args:
-        folder: the model's.
-        config: its `config.json`.
-        files: its weights.
+        found: the model's folder.
         device: where to run.
         dtype: of the weights and of what is computed.
 
     Raises:
         ModelError: something is missing, damaged or of another model.
     """
-    converted = config["model_type"] == "janus"
-    language, vq = _converted_config(config) if converted else _official_config(config)
+    folder, config = found.folder, found.config
+    layout = layouts.CONVERTED if config["model_type"] == "janus" else layouts.OFFICIAL
+    language, vq = layout.configs(config)
     with init_empty_weights(include_buffers=False):
         transformer, decoder = JanusProTransformer(language, vq), JanusProDecoder(vq)
-    name_here = _converted_name if converted else _official_name
-    weights = janus.read_weights(files, name_here, dtype)
+    weights = janus.read_weights(found.weights(), layout.name_here, dtype)
     drawn = {name.removeprefix("vqmodel."): weights.pop(name) for name in list(weights) if name.startswith("vqmodel.")}
     tokenizer = janus.read_tokenizer(folder)
     if janus.BEGIN_OF_IMAGE not in tokenizer.get_vocab():
         raise ModelError(f"the tokenizer of {str(folder)!r} has no {janus.BEGIN_OF_IMAGE}: take the model's own tokenizer files")
     return JanusProPipeline(janus.fill(transformer, weights, folder), janus.fill(decoder, drawn, folder), tokenizer).to(device)
-
-
-def _converted_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    vision = config.get("vision_config", {})
-    patches = vision.get("image_size", 384) // vision.get("patch_size", PATCH)
-    return config["text_config"], config.get("vq_config", {}) | {"num_patches": patches}
-
-
-def _official_config(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the language model's configuration and the autoencoder's, in transformers' words; published files leave out most."""
-    language, head = config["language_config"], config["gen_head_config"]["params"]
-    params, aligner = config["gen_vision_config"]["params"], config["gen_aligner_config"]["params"]
-    vq = {
-        "num_embeddings": params["image_token_size"],
-        "embed_dim": params["n_embed"],
-        "latent_channels": params.get("z_channels", 256),
-        "base_channels": params.get("ch", 128),
-        "channel_multiplier": params.get("ch_mult", [1, 1, 2, 2, 4]),
-        "num_res_blocks": params.get("num_res_blocks", 2),
-        "projection_dim": aligner["n_embed"],
-        "num_hidden_layers": aligner["depth"],
-        "image_token_embed_dim": head["n_embed"],
-        "num_patches": config["vision_config"]["params"]["image_size"] // PATCH,
-    }
-    return language, vq
-
-
-UNUSED = re.compile(r"vqmodel\.(encoder|quant_conv)\.")
-# Official names, and what they are here; the order matters.
-RENAMED = (
-    (r"^language_model\.model\.", "language_model."),
-    (r"^gen_vision_model\.", "vqmodel."),
-    (r"^gen_aligner\.layers\.0\.", "generation_aligner.fc1."),
-    (r"^gen_aligner\.layers\.(\d+)\.", lambda found: f"generation_aligner.hidden_layers.{int(found[1]) // 2 - 1}."),
-    (r"^gen_head\.output_mlp_projector\.", "generation_head.proj_out."),
-    (r"^gen_head\.", "generation_head."),
-    (r"^gen_embed\.", "generation_embeddings."),
-    (r"\.decoder\.conv_blocks\.", ".decoder.up."),
-    (r"\.res\.(\d+)\.", r".block.\1."),
-    (r"\.mid\.0\.", ".mid.block_1."),
-    (r"\.mid\.1\.", ".mid.attn_1."),
-    (r"\.mid\.2\.", ".mid.block_2."),
-)
-WANTED = ("language_model.", "vqmodel.", "generation_")
-
-
-def _official_name(name: str) -> str | None:
-    """Return an official tensor's name here; None for what understands pictures or writes text."""
-    if name.startswith("language_model.lm_head.") or name.endswith(".codebook_used"):
-        return None
-    for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name if name.startswith(WANTED) and not UNUSED.match(name) else None
-
-
-def _converted_name(name: str) -> str | None:
-    """Return the name here of a tensor in transformers' layout; None for what is not needed to draw."""
-    name = name.removeprefix("model.")
-    return name if name.startswith(WANTED) and not UNUSED.match(name) else None
