@@ -351,6 +351,33 @@ def test_a_tokenizer_that_names_no_pad_token_still_has_it(copied, flow):
     assert imagegen.load(folder).pipeline.tokenizer.pad_token_id == flow.pipeline.tokenizer.pad_token_id
 
 
+def test_a_folder_of_diffusers_layout_that_names_our_pipeline_is_refused(tmp_path):
+    shutil.copytree(embedded_folder(), tmp_path / "model", ignore=shutil.ignore_patterns("recipe", "samples", "references"))
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "JanusFlowPipeline"}')
+    with pytest.raises(imagegen.ModelError, match="JanusFlowPipeline, which this diffusers has not"):
+        imagegen.load(tmp_path / "model")
+
+
+def test_the_shell_knows_temperature_and_vae(tmp_path, capsys):
+    from imagegen import cli
+
+    def run(*arguments):
+        code = cli.run([str(argument) for argument in arguments])
+        return code, capsys.readouterr()
+
+    shell = ("generate", PROMPT, "--seed", 1, "--out", tmp_path, "--json", "--model")
+    code, said = run(*shell, PRO, "--temperature", 0)
+    assert code == 0
+    made = json.loads(said.out)["pictures"][0]["file"]
+    assert imagegen.replay(made).same and imagegen.receipt.read_receipt(made).request["temperature"] == 0
+    code, said = run(*shell, FLOW / "model.safetensors", "--steps", 2, "--vae", FLOW / "vae")
+    assert code == 0
+    code, said = run("replay", json.loads(said.out)["pictures"][0]["file"])
+    assert code == 0 and "the same picture" in said.out
+    code, said = run(*shell, PRO, "--size", "128x128")
+    assert code == 2 and "makes pictures of 64x64 only" in said.err
+
+
 def test_other_folders_are_not_taken_for_janus(tmp_path):
     assert janus.find(embedded_folder()) is None and janus.find(tmp_path) is None
     for content in ("{", "[]", '{"model_type": "multi_modality"}', '{"model_type": "llama"}'):

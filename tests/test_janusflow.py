@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from imagegen.bench.janusflow import recompute
 from imagegen.families import janus
 from imagegen.families.convnext import GlobalResponseNorm
 
@@ -97,28 +98,12 @@ def test_a_longer_neighbour_changes_no_picture(flow):
         assert largest(flow(prompt, latents=noise[index : index + 1], **settings).images, together[index : index + 1]) < 5e-6
 
 
-def recompute(flow, prompt, latents, time):
-    """Return both velocities of one step, (without, with the prompt), the plain way: no cache, every token read anew."""
-    network, ids = flow.transformer, flow.encode_prompt([prompt]).ids
-    length, total = ids.shape[1], ids.shape[1] + 1 + network.config.grid**2
-    features, embedded = network.vision_gen_enc_model(torch.cat([latents] * 2), torch.full((2,), 1000 * time))
-    tokens = network.vision_gen_enc_aligner(features.flatten(2).mT)
-    text = network.language_model.embed_tokens(ids).expand(2, -1, -1)
-    seen = torch.ones(2, total, dtype=torch.bool)
-    seen[0, 1:length] = False
-    mask = (seen[:, None] & torch.ones(total, total, dtype=torch.bool).tril()) | torch.eye(total, dtype=torch.bool)
-    inputs = torch.cat([text, embedded[:, None], tokens], dim=1)
-    positions = torch.arange(total)[None]
-    states = network.language_model(inputs_embeds=inputs, attention_mask=mask[:, None], position_ids=positions, use_cache=False)
-    states = network.vision_gen_dec_aligner(network.vision_gen_dec_aligner_norm(states.last_hidden_state[:, length + 1 :]))
-    return network.vision_gen_dec_model(states.mT.unflatten(2, features.shape[-2:]), features, embedded)
-
-
 @torch.no_grad()
 def test_the_cache_changes_nothing(flow):
     latents = noise = TENSORS["z0"][:1]
+    prompts = flow.encode_prompt(PROMPTS[:1])
     for step in range(4):
-        without, given = recompute(flow, PROMPTS[0], latents, step / 4).chunk(2)
+        without, given = recompute(flow.transformer, prompts, latents, torch.tensor(250.0 * step)).chunk(2)
         latents = latents + (2.5 * given - 1.5 * without) / 4
     found = flow(PROMPTS[0], latents=noise, num_inference_steps=4, guidance_scale=2.5, output_type="latent").images
     assert largest(found, latents) < 1e-5

@@ -88,7 +88,9 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any
     with quiet():
         import diffusers
 
-        pipeline_class = getattr(diffusers, class_name)
+        pipeline_class = getattr(diffusers, class_name, None)
+        if pipeline_class is None:
+            raise ModelError(f"{str(folder)!r} is a {class_name}, which this diffusers has not: update it")
         try:
             pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:

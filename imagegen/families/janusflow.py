@@ -193,7 +193,7 @@ class JanusFlowPipeline(DiffusionPipeline):
             shape = (batch, self.transformer.config.in_channels, side, side)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         latents = latents.to(device, torch.float32)
-        context = self._read(prompts, guided=guidance_scale > 1)
+        context = context_of(self.transformer, prompts, guided=guidance_scale > 1)
 
         self._set_times(num_inference_steps, device)
         for index, time in enumerate(self.scheduler.timesteps):
@@ -233,22 +233,23 @@ class JanusFlowPipeline(DiffusionPipeline):
         if not set(tensors) <= set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks can be given {self._callback_tensor_inputs}, got {tuple(tensors)}")
 
-    def _read(self, prompts: janus.Prompts, guided: bool) -> dict[str, Any]:
-        """Return what the network needs of the prompts at every step.
 
-        The half without the prompt sees its beginning-of-text token and nothing else of it; that token saw only itself,
-        so that its keys and values are the same in both halves. Image tokens keep their positions after the prompt.
-        """
-        prefix, seen = self.transformer.read_prompts(prompts), prompts.real
-        tokens = self.transformer.config.grid**2 + 1
-        positions = prompts.lengths[:, None] + torch.arange(tokens, device=seen.device)
-        if guided:
-            first = prompts.real & (prompts.positions == 0)
-            seen, positions = torch.cat([first, seen]), torch.cat([positions] * 2)
-            prefix = tuple((torch.cat([keys] * 2), torch.cat([values] * 2)) for keys, values in prefix)
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=seen.device).tril().expand(len(seen), -1, -1)
-        mask = torch.cat([seen[:, None].expand(-1, tokens, -1), causal], dim=2)
-        return {"prefix": prefix, "attention_mask": mask[:, None], "position_ids": positions}
+def context_of(network: JanusFlowTransformer, prompts: janus.Prompts, guided: bool) -> dict[str, Any]:
+    """Return what the network needs of the prompts at every step: their keys and values, who sees what, and positions.
+
+    The half without the prompt sees its beginning-of-text token and nothing else of it; that token saw only itself,
+    so that its keys and values are the same in both halves. Image tokens keep their positions after the prompt.
+    """
+    prefix, seen = network.read_prompts(prompts), prompts.real
+    tokens = network.config.grid**2 + 1
+    positions = prompts.lengths[:, None] + torch.arange(tokens, device=seen.device)
+    if guided:
+        first = prompts.real & (prompts.positions == 0)
+        seen, positions = torch.cat([first, seen]), torch.cat([positions] * 2)
+        prefix = tuple((torch.cat([keys] * 2), torch.cat([values] * 2)) for keys, values in prefix)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=seen.device).tril().expand(len(seen), -1, -1)
+    mask = torch.cat([seen[:, None].expand(-1, tokens, -1), causal], dim=2)
+    return {"prefix": prefix, "attention_mask": mask[:, None], "position_ids": positions}
 
 
 def load(found: janus.Folder, vae: Path, device: torch.device, dtype: torch.dtype) -> JanusFlowPipeline:
