@@ -32,6 +32,8 @@ _UNGUIDED: dict[str, Any] = {"guided_by": "nothing", "guidance": 1.0, "negative"
 _FREE = "Pictures are yours; the licence text travels with the weights."
 _RAIL = "Pictures are yours, within the restrictions of use, which derivatives inherit."
 _STABILITY = "Free below a yearly revenue that the licence names; outputs may not train a foundational model."
+_DEEPSEEK = "DeepSeek-Model-License-1.0"
+_JANUS = "Commercial use is permitted; the restrictions of use in its Attachment A are passed on with the weights."
 _BFL = "Weights for non-commercial use; outputs may not train a competing model."
 
 CARDS = {
@@ -111,6 +113,22 @@ CARDS = {
         Card(
             "Tongyi-MAI/Z-Image-Turbo", "z-image", "Apache-2.0", _FREE,
             "Z-Image, 6 B, distilled to eight evaluations.", _UNGUIDED | {"num_steps": 9},
+        ),
+        Card(
+            "deepseek-ai/JanusFlow-1.3B", "janusflow", _DEEPSEEK, f"{_JANUS} Its decoder, stabilityai/sdxl-vae, is MIT.",
+            "A language model that denoises, 1.3 B, 384x384; published GenEval 0.63. Needs stabilityai/sdxl-vae as vae=.",
+        ),
+        Card(
+            "deepseek-ai/Janus-1.3B", "janus-pro", _DEEPSEEK, _JANUS,
+            "A language model that writes pictures as codes, 1.3 B, 384x384; published GenEval 0.61.",
+        ),
+        Card(
+            "deepseek-ai/Janus-Pro-1B", "janus-pro", _DEEPSEEK, _JANUS,
+            "A language model that writes pictures as codes, 1 B, 384x384; published GenEval 0.73.",
+        ),
+        Card(
+            "deepseek-ai/Janus-Pro-7B", "janus-pro", _DEEPSEEK, _JANUS,
+            "A language model that writes pictures as codes, 7 B, 384x384; published GenEval 0.80.",
         ),
         Card("fal/AuraFlow", "auraflow", "Apache-2.0", _FREE, "AuraFlow, 6.8 B."),
         Card("HiDream-ai/HiDream-I1-Full", "hidream", "MIT", _FREE, "HiDream-I1, 17 B."),

@@ -46,6 +46,8 @@ class Family:
         float32_state: its pipeline keeps the latents in float32, whatever the model computes in.
         sized_by_config: the native size stands in the denoiser's configuration, where that has one.
         chat: the text encoder reads the prompt inside its chat template.
+        temperature: default temperature of models that draw one token after the other; None where nothing is so drawn.
+        fixed: settings that nobody can change, and why, in words.
         modes: what it can do; of a loaded model, what diffusers has a pipeline for.
         takes: what a loaded model was given besides: `control` (a ControlNet), `style` (an IP-Adapter).
         variants: what changes where an entry of the denoiser's or the pipeline's configuration has a value.
@@ -69,6 +71,8 @@ class Family:
     float32_state: bool = False
     sized_by_config: bool = True
     chat: bool = False
+    temperature: float | None = None
+    fixed: Mapping[str, str] = field(default_factory=dict, repr=False)
     modes: tuple[str, ...] = PAINTING
     takes: tuple[str, ...] = ()
     variants: tuple[tuple[str, Any, dict[str, Any]], ...] = field(default=(), repr=False)
@@ -83,6 +87,10 @@ def _large(name: str, pipeline: str, num_steps: int, guidance: float, multiple_p
     facts: dict[str, Any] = {"size_px": 1024, "min_px": 64, "max_px": 2048, "scheduler": FLOW, "reference_dtype": "bfloat16"}
     return Family(name, pipeline, multiple_px=multiple_px, num_steps=num_steps, guidance=guidance, **(facts | more))
 
+
+JANUS: dict[str, Any] = {"size_px": 384, "multiple_px": 384, "min_px": 384, "max_px": 384, "negative": False, "modes": TEXT_ONLY}
+ONE_WAY = {"scheduler": "it was trained for one way of stepping"}
+ROWS = {"num_steps": "it draws one row of codes in each step, and every picture has as many", "scheduler": "it has none"}
 
 # Steps and guidance are those of the publisher's card or, where that is silent, of diffusers' pipeline.
 FAMILIES = {
@@ -151,6 +159,11 @@ FAMILIES = {
         _large(
             "krea2", "Krea2Pipeline", 28, 4.5, off=0.0, modes=TEXT_ONLY, variants=(("is_distilled", True, {"distilled": True}),)
         ),
+        Family(
+            "janusflow", "JanusFlowPipeline", **JANUS, num_steps=30, guidance=2.0, scheduler=FLOW, float32_state=True,
+            fixed=ONE_WAY,
+        ),
+        Family("janus-pro", "JanusProPipeline", **JANUS, num_steps=24, guidance=5.0, temperature=1.0, fixed=ROWS),
         Family(
             "latent-consistency", "LatentConsistencyModelPipeline", 512, 8, 64, 2048, 4, 8.5, guided_by=AN_INPUT,
             negative=False, distilled=True, scheduler="LCMScheduler",

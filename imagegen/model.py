@@ -19,7 +19,7 @@ import torch
 from imagegen import profile as profiles
 from imagegen import receipt as receipts
 from imagegen.catalog import EMBEDDED, FAMILIES, Family, card_of, family_of
-from imagegen.families import adapters, diffusion
+from imagegen.families import adapters, diffusion, janus
 from imagegen.families.arguments import is_guided
 from imagegen.families.loading import pipeline_class
 from imagegen.families.weighting import has_weights, reads_on, why_not
@@ -46,7 +46,8 @@ class Step:
         index: number of the step, from 0.
         num_steps: steps of this run.
         elapsed_s: seconds since the stream began.
-        latents: (B, C, h, w), the state after this step, on the model's device.
+        latents: (B, C, h, w), the state after this step, on the model's device; (B, n) int64, the codes so far, of
+            models that draw one token after the other.
         result: the finished pictures, on the last step only.
     """
 
@@ -252,7 +253,8 @@ class Model(Variations, Guides):
                 are followed by what `add_control` and `add_style` loaded; `long_prompt` reads a prompt
                 to its end; `true_guidance` adds guidance in two passes where `guidance` is an input of
                 the model; `noise` (B, C, h, w) of unit variance replaces the noise that the seeds
-                would draw.
+                would draw; `temperature` is for models that draw one token after the other, 0
+                taking the most likely.
 
         Raises:
             RequestError: a setting is wrong; the message says which and what to do.
@@ -366,6 +368,7 @@ class Model(Variations, Guides):
         return Result([Picture(*pair) for pair in zip(images, receipts_of, strict=True)], elapsed_s)
 
     def _receipt(self, request: Request, image: "Image", given_noise: bool) -> receipts.Receipt:
+        scheduler = getattr(self.pipeline, "scheduler", None)
         return receipts.Receipt(
             version=receipts.VERSION,
             request=receipts.describe_request(request, given_noise),
@@ -379,7 +382,7 @@ class Model(Variations, Guides):
             },
             loras=[dict(lora) for lora in self.loras],
             plan={"name": self.plan.name, "levers": self.applied},
-            environment=environment(self.device, self.dtype) | {"scheduler": type(self.pipeline.scheduler).__name__},
+            environment=environment(self.device, self.dtype) | ({"scheduler": type(scheduler).__name__} if scheduler else {}),
         )
 
 
@@ -400,7 +403,8 @@ def load(
 
     Args:
         source: `emoji`, the embedded model; a folder in diffusers' layout; a `.safetensors` file in that of Stable
-            Diffusion 1, 2, XL, 3 or FLUX; a `.gguf` file; or a hub id, as in `org/name` or `org/name@revision`.
+            Diffusion 1, 2, XL, 3 or FLUX; a `.gguf` file; a Janus model's folder or file; or a hub id, as in `org/name`
+            or `org/name@revision`.
         revision: branch, tag or commit of a hub id.
         device: `cpu`, `cuda`, `cuda:1` …; by default CUDA where there is one.
         dtype: a torch dtype or its name; by default the family's reference dtype.
@@ -408,7 +412,7 @@ def load(
         local_files_only: look for a hub id in the hub's cache alone.
         variant: of the weights in a folder or a repository, as in `fp16`.
         base: for one file: the folder or hub id of the model that it belongs to, for what the file lacks.
-        vae: another decoder: a folder, a `.safetensors` file or a hub id.
+        vae: another decoder: a folder, a `.safetensors` file or a hub id; by default the `vae/` in the model's own folder.
         memory_gib: the most memory to take for a picture of the native size; levers that save memory are
             chosen by an estimate, and `Model.memory` says which.
 
@@ -419,7 +423,13 @@ def load(
     chosen_device = find_device(device)
     if memory_gib is not None and not (isinstance(memory_gib, (int, float)) and memory_gib > 0):
         raise ModelError(f"memory_gib must be above 0, got {memory_gib!r}")
-    found = find_source(source, revision=revision, variant=variant, base=base, vae=vae, local_files_only=local_files_only)
+    where = {"revision": revision, "variant": variant, "base": base, "vae": vae, "local_files_only": local_files_only}
+    found, of_janus = _find(source, where)
+    if of_janus is not None:
+        model = _load_janus(found, of_janus, chosen_device, dtype, memory_gib)
+        if plan != "exact":
+            model.set_plan(plan)
+        return model
     family = _find_family(found)
     pipeline, files = diffusion.load_pipeline(found, chosen_device, _find_dtype(dtype, chosen_device, family))
     family = diffusion.describe(pipeline, family)
@@ -427,6 +437,28 @@ def load(
     if plan != "exact":
         model.set_plan(plan)
     return model
+
+
+def _find(source: str | Path, where: dict[str, Any]) -> tuple[Source, janus.Folder | None]:
+    """Find a model; a file of a Janus model stands for its folder, where its configuration lies."""
+    beside = janus.find(Path(source))
+    if beside is not None:
+        return replace(find_source(beside.folder, **where), name=str(source)), beside
+    found = find_source(source, **where)
+    return found, janus.find(found.path) if found.contents is None else None
+
+
+def _load_janus(found: Source, folder: janus.Folder, device: torch.device, dtype: Any, memory_gib: float | None) -> Model:
+    if memory_gib is not None:
+        raise ModelError("memory_gib= has no estimate for Janus: leave it out; plan='decode-slicing' saves memory of a batch")
+    family = FAMILIES[folder.kind]
+    vae = found.vae.path if found.vae is not None else None
+    pipeline, files = janus.load(folder, vae, device, _find_dtype(dtype, device, family))
+    size = pipeline.size_px
+    family = replace(family, size_px=size, multiple_px=size, min_px=size, max_px=size)
+    if family.temperature is not None:
+        family = replace(family, num_steps=pipeline.num_timesteps)
+    return Model(found.name, folder.folder, family, pipeline, files=files, origin=found)
 
 
 def _find_family(source: Source) -> Family:

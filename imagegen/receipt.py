@@ -70,10 +70,9 @@ class Receipt:
     def to_parameters(self) -> str:
         """Return the settings in AUTOMATIC1111's text form, which other tools read."""
         request, model = self.request, self.model
-        weights = next(
-            (value for name, value in model["sha256"].items() if name.startswith(("unet/", "transformer/")) or "/" not in name),
-            "",
-        )
+        hashes = model["sha256"]
+        denoisers = [value for name, value in hashes.items() if name.startswith(("unet/", "transformer/"))]
+        weights = next(iter(denoisers or hashes.values()), "")
         fields = {
             "Steps": request["num_steps"],
             "Sampler": request["scheduler"] or self.environment.get("scheduler", "default"),
@@ -85,6 +84,8 @@ class Receipt:
         }
         if request.get("strength") is not None:
             fields["Denoising strength"] = f"{request['strength']:g}"
+        if request.get("temperature") is not None:
+            fields["Temperature"] = f"{request['temperature']:g}"
         fields["Version"] = f"imagegen {self.environment.get('imagegen', '')}"
         lines = [request["prompt"]]
         if request["negative_prompt"]:

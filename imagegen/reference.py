@@ -33,6 +33,7 @@ TAKEN_FROM_RECEIPT = (
     "control_weight",
     "style_weight",
     "long_prompt",
+    "temperature",
 )
 
 

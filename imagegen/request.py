@@ -69,6 +69,7 @@ class Request:
         style_weight: how closely, above 0 to 2; None without `style_image`.
         long_prompt: read a prompt longer than the text encoder takes to its end, in pieces.
         true_guidance: guidance in two passes, on top of a `guidance` that is an input of the denoiser, or None.
+        temperature: of models that draw one token after the other, 0 taking the most likely; else None.
     """
 
     prompt: str
@@ -90,6 +91,7 @@ class Request:
     style_image: "Image | None" = None
     style_weight: float | None = None
     long_prompt: bool = False
+    temperature: float | None = None
 
     @property
     def mode(self) -> str:
@@ -113,7 +115,7 @@ class Request:
 
 KEYWORDS: tuple[str, ...] = (
     *("seed", "num_images", "num_steps", "guidance", "negative_prompt", "width", "height", "scheduler"),
-    *("image", "strength", "mask", "margins", "true_guidance", "noise"),
+    *("image", "strength", "mask", "margins", "true_guidance", "noise", "temperature"),
     *("control", "control_weight", "style_image", "style_weight", "long_prompt"),
 )
 PICTURES = ("image", "mask", "control", "style_image")
@@ -168,6 +170,7 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         RequestError: a value is wrong; the message says which and what to do.
     """
     check_keywords(given)
+    _check_fixed(family, given)
     values = {name: value for name, value in given.items() if value is not None and name != "noise"}
     image, mask, control, style = (open_picture(name, values.pop(name, None)) for name in PICTURES)
     margins = _margins(values.get("margins"), image, mask)
@@ -189,6 +192,7 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         scheduler=values.get("scheduler"),
         strength=strength,
         margins=margins,
+        temperature=_temperature(values.get("temperature", family.temperature), family),
         true_guidance=_guidance("true_guidance", values["true_guidance"]) if "true_guidance" in values else None,
         control_weight=_weight("control", values.get("control_weight"), control, family),
         long_prompt=_truth("long_prompt", values.get("long_prompt", False)),
@@ -208,6 +212,13 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
     if request.num_steps * (request.strength or 1.0) < 1:
         raise RequestError(f"strength {request.strength} of {request.num_steps} steps leaves none to run: raise either")
     return request
+
+
+def _check_fixed(family: "Family", given: Mapping[str, Any]) -> None:
+    """Refuse settings that nobody can change; to give what the family does anyway is no error."""
+    for name, reason in family.fixed.items():
+        if given.get(name) not in (None, getattr(family, name)):
+            raise RequestError(f"{family.name} takes no {name}, got {given[name]!r}: {reason}; leave {name} out")
 
 
 def _check_family(request: Request, family: "Family") -> None:
@@ -319,6 +330,17 @@ def _weight(what: str, value: object, picture: object, family: "Family") -> floa
     return number
 
 
+def _temperature(value: object, family: "Family") -> float | None:
+    if family.temperature is None:
+        if value is not None:
+            raise RequestError(f"temperature is for models that draw one token after the other, which {family.name} does not")
+        return None
+    number = _number("temperature", value)
+    if not 0 <= number <= 100:
+        raise RequestError(f"temperature must be from 0 (the most likely) to 100, got {number:g}")
+    return number
+
+
 def _side(name: str, value: object, image: "Image | None", family: "Family", growth: int | None, editing: bool) -> int:
     own = 0 if image is None else getattr(image, name)
     if growth is not None:
@@ -331,6 +353,9 @@ def _side(name: str, value: object, image: "Image | None", family: "Family", gro
         if editing:  # as many pixels as the model was made for, in the picture's shape
             own = round(own * family.size_px / (image.width * image.height) ** 0.5)
         value = min(max(family.min_px, own // family.multiple_px * family.multiple_px), family.max_px)
+    if family.min_px == family.max_px and value != family.size_px:
+        only = family.size_px
+        raise RequestError(f"{family.name} makes pictures of {only}x{only} only, got {name}={value!r}: leave {name} out")
     side = _whole(name, value, family.min_px, family.max_px)
     if side % family.multiple_px:
         below = side // family.multiple_px * family.multiple_px

@@ -68,12 +68,14 @@ def make_scheduler(own: Any, name: str | None) -> Any:
     """Return a scheduler with no state yet: the model's own kind, or another by name.
 
     Args:
-        own: the diffusers scheduler that came with the model; not changed.
+        own: the diffusers scheduler that came with the model, not changed; None where the model has none.
         name: one of `known_schedulers`, or None.
 
     Raises:
         RequestError: no such scheduler, or none of that name for this kind of model.
     """
+    if own is None:
+        return None
     if name is None:
         return type(own).from_config(own.config)
     known = known_schedulers(own)
@@ -92,13 +94,15 @@ def predicted_original(scheduler: Any, latents: torch.Tensor, before: torch.Tens
     """Return the guess of the finished latents after a step: the scheduler's own where it keeps one.
 
     Args:
-        scheduler: after its `step`.
+        scheduler: after its `step`; None where the model has none.
         latents: the state after that step, of any shape.
         before: the state before it, or None where that is unknown.
 
     Returns:
         As `latents`; for a model that matches flows, the straight line through both states, followed to its end.
     """
+    if scheduler is None:
+        return latents
     config = scheduler.config
     keeps_original = config.get("algorithm_type") == "dpmsolver++" or config.get("predict_x0", False)
     outputs = getattr(scheduler, "model_outputs", None)
@@ -107,8 +111,8 @@ def predicted_original(scheduler: Any, latents: torch.Tensor, before: torch.Tens
     index = getattr(scheduler, "step_index", None)
     if before is None or not index or not type(scheduler).__name__.startswith("FlowMatch"):
         return latents
-    last, now = (float(scheduler.sigmas[position]) for position in (index - 1, index))
-    return latents + (latents - before) * (now / (last - now)) if last > now else latents
+    last, now, end = (float(scheduler.sigmas[position]) for position in (index - 1, index, -1))
+    return latents + (latents - before) * ((end - now) / (now - last)) if now != last else latents
 
 
 @dataclass(frozen=True)

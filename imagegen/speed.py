@@ -200,7 +200,7 @@ class AppliedPlan:
         target = Target(self._pipeline, self._kept)  # anew each time: a component may have been replaced
         try:
             for lever in replace(self.plan, levers=self.plan.levers + self.memory).build():
-                reason = lever.requires(target)
+                reason = getattr(self._pipeline, "unfit_levers", {}).get(lever.name) or lever.requires(target)
                 if reason and (lever.essential or self.plan.named) and str(lever) not in self.memory:
                     raise PlanError(reason)
                 if reason:

@@ -170,6 +170,7 @@ def tune(
     budget = make_budget(min_psnr_db, min_ssim, max_flip, max_memory_gib)
     if not isinstance(minutes, (int, float)) or not minutes > 0:
         raise RequestError(f"minutes must be above 0, got {minutes!r}")
+    diffusion.check_stock(model.origin)
     if prompts is not None and len(prompts) <= SEARCH_PICTURES:
         raise RequestError(f"give more than {SEARCH_PICTURES} prompts: those to search on, and others to confirm")
     searching = search_prompts(model.family.name) if prompts is None else list(prompts[:SEARCH_PICTURES])

@@ -38,6 +38,7 @@ class Settings(TypedDict, total=False):
     long_prompt: bool | None
     true_guidance: float | None
     noise: "torch.Tensor | None"
+    temperature: float | None
 
 
 class Variations(ABC):

@@ -98,6 +98,57 @@ def waits_of_our_step():
     return {what: count for what, count in waits.counts.items() if count}
 
 
+def janus_sizes():
+    language = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "max_position_embeddings": 128}  # fmt: skip
+    return language | {"num_key_value_heads": 4}
+
+
+def fake_prompts(rows, length):
+    from imagegen.families.janus import Prompts
+
+    ids = torch.zeros(rows, length, dtype=torch.long, device="cuda")
+    real = torch.ones(rows, length, dtype=torch.bool, device="cuda")
+    return Prompts(ids, real, torch.zeros_like(ids), torch.zeros(rows, dtype=torch.long, device="cuda"))
+
+
+def waits_of_codes(temperature):
+    """Return what Janus-Pro would wait for between two codes: lookup, network, guidance, drawing."""
+    from imagegen.families.januspro import JanusProTransformer, Writer
+
+    vq = {"embed_dim": 8, "num_embeddings": 64, "projection_dim": 32, "image_token_embed_dim": 32, "num_patches": 4}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch.device("cuda"):
+            network = JanusProTransformer(janus_sizes(), vq).eval()
+        writer = Writer(network, fake_prompts(2, 7), 16, 5.0, 0)
+        draws = torch.empty(NUM_STEPS, 2, 64, device="cuda") if temperature else None
+        waits = Waits()
+        with waits:
+            writer.write_row(NUM_STEPS, temperature, draws)
+    return {what: count for what, count in waits.counts.items() if count}
+
+
+def waits_of_janusflow():
+    """Return what a step of JanusFlow's network would wait for."""
+    from imagegen.families.janusflow import JanusFlowTransformer
+
+    blocks = {"block_out_channels": [8], "layers_in_middle": 2, "hidden_size": 32, "norm_eps": 1e-6}
+    encoder = blocks | {"input_channels": 4, "kernel_size": 2, "stride": 2, "padding": 0}
+    decoder = blocks | {"in_channels": 8, "out_channels": 4, "upsamples": 1}
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with torch.device("cuda"):
+            network = JanusFlowTransformer(janus_sizes(), encoder, decoder, 4).eval()
+        prefix = network.read_prompts(fake_prompts(2, 7))
+        mask = torch.ones(2, 1, 17, 24, dtype=torch.bool, device="cuda")
+        positions = torch.zeros(2, 17, dtype=torch.long, device="cuda")
+        waits = Waits()
+        with waits:
+            for _ in range(NUM_STEPS):
+                sample, time = torch.empty(1, 4, 8, 8, device="cuda"), torch.empty((), device="cuda")
+                network(sample, time, prefix, mask, positions, return_dict=False)
+    return {what: count for what, count in waits.counts.items() if count}
+
+
 def main():
     import diffusers
     import torch.utils.cpp_extension  # noqa: F401
@@ -115,6 +166,8 @@ def main():
     found = {name: waits_of(kind()) for name, kind in kinds.items()}
     found["euler, no begin index"] = waits_of(kinds["euler"](), begin_index=False)
     found["our step"] = waits_of_our_step()
+    found["codes, drawn"], found["codes, most likely"] = waits_of_codes(1.0), waits_of_codes(0.0)
+    found["janusflow"] = waits_of_janusflow()
     print(json.dumps(found))
 
 

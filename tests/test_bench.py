@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from imagegen import PlanError, bench
-from imagegen.bench import denoiser, gpu, pictures
+from imagegen.bench import denoiser, gpu, janusflow, pictures
 from imagegen.families.denoisers import ARCHITECTURES
 
 SCHEMA = json.loads((Path(bench.__file__).parent / "bench.schema.json").read_text())
@@ -44,7 +44,15 @@ def test_a_tiny_bench_completes_after_a_kill(tmp_path):
     done = subprocess.run([*command, "--out", str(tmp_path), "--json"], capture_output=True, text=True, check=True)
     assert (tmp_path / bench.LOG).read_text().startswith(before), "what was measured stands"
     denoisers = [f"denoiser {name}" for name in ARCHITECTURES]
-    assert stages_in(tmp_path) == ["machine", "parts", "pictures step-cache(warmup=1)", "training", "kernels", *denoisers]
+    assert stages_in(tmp_path) == [
+        "machine",
+        "parts",
+        "pictures step-cache(warmup=1)",
+        "training",
+        "kernels",
+        "janusflow",
+        *denoisers,
+    ]
     assert not any("failed" in row for row in json.loads(done.stdout)["stages"])
     report = check_report(tmp_path)
     assert report["tiny"] and {figure["kind"] for figure in report["figures"]} == {"measured", "skipped"}
@@ -117,6 +125,12 @@ def test_kernels_that_may_run_are_timed_in_turn_with_torch(monkeypatch):
         mine = mine[0] if isinstance(mine, tuple) else mine
         tolerance = 1 if mine.dtype == torch.int8 else 0.05 * others.abs().max()
         assert moved > 0 and (mine.float() - others.float()).abs().max() <= tolerance, name
+
+
+def test_a_kept_prompt_gives_the_velocity_of_one_read_anew():
+    found = janusflow.measure_janusflow("emoji", tiny=True, device="cpu")
+    for row in found["rows"].values():
+        assert 0 < row["error"] < 1e-4 and min(row["seconds"].values()) > 0 < row["ratio"]
 
 
 def test_a_report_that_breaks_its_schema_is_found_out():

@@ -96,7 +96,7 @@ def test_what_would_make_the_host_wait(tmp_path):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for name in ("euler", "euler a", "flow", "dpm++ 2m", "our step"):
+    for name in ("euler", "euler a", "flow", "dpm++ 2m", "our step", "codes, drawn", "codes, most likely", "janusflow"):
         assert found[name] == {}, name
     assert found["unipc"].get("copy cpu to cuda", 0) > 0
     assert found["ddim"].get("read", 0) > 0 and found["lcm"].get("read", 0) > 0

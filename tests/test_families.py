@@ -16,7 +16,7 @@ from tiny_families import DEEP, SMOKE
 
 import imagegen
 from imagegen.catalog import CARDS, FAMILIES, family_of
-from imagegen.families import latents
+from imagegen.families import janusflow, januspro, latents
 from imagegen.families.diffusion import denoiser_of, family_of_class
 from imagegen.fidelity import max_difference
 from imagegen.licences import LICENCES, licence_of
@@ -245,9 +245,10 @@ def test_a_class_that_the_catalogue_lacks_is_read_from_its_signature(model_of):
     assert family.modes == ("text-to-image",)
 
 
-def test_every_family_names_a_pipeline_of_diffusers():
+def test_every_family_names_a_pipeline_of_diffusers_or_of_ours():
+    ours = {"JanusFlowPipeline": janusflow, "JanusProPipeline": januspro}
     for family in FAMILIES.values():
-        assert hasattr(diffusers, family.pipeline), family.name
+        assert hasattr(ours.get(family.pipeline, diffusers), family.pipeline), family.name
         assert not family.scheduler or hasattr(diffusers, family.scheduler), family.name
         assert family.size_px % family.multiple_px == 0
 

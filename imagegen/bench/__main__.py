@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imagegen.bench import denoiser, gpu, pictures, training
+from imagegen.bench import denoiser, gpu, janusflow, pictures, training
 from imagegen.profile import finite
 from imagegen.request import Error
 
@@ -16,6 +16,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "training": training.measure_training,
     "kernels": gpu.measure_kernels,
     "denoiser": denoiser.measure_denoiser,
+    "janusflow": janusflow.measure_janusflow,
 }
 
 

@@ -101,6 +101,15 @@ def _of_denoiser(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield _figure(name, plan, None, "", "skipped", reason)
 
 
+def _of_janusflow(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for tokens, found in row["rows"].items():
+        for way, spent in found["seconds"].items():
+            note = f"{row['layers']} layers, {row['dtype']}, two rows"
+            if way == "prompt kept":
+                note += f"; {found['ratio']:.2f} x all read anew in turn, relative difference {found['error']:.1e}"
+            yield _figure(name, f"{tokens} prompt tokens, {way}", spent, "s", note=note)
+
+
 FIGURES = {
     "machine": _of_machine,
     "parts": _of_parts,
@@ -108,6 +117,7 @@ FIGURES = {
     "training": _of_training,
     "kernels": _of_kernels,
     "denoiser": _of_denoiser,
+    "janusflow": _of_janusflow,
 }
 
 

@@ -77,6 +77,7 @@ def generate(
     style: StyleOption = None,
     style_encoder: StyleEncoderOption = None,
     true_guidance: Annotated[float | None, typer.Option(help="In two passes, where guidance is an input of the model.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of models that draw token by token; 0: the most likely.")] = None,
     lora: LoraOption = None,
     out: Annotated[Path, typer.Option(help="Where to write the pictures.")] = Path(),
     model: ModelOption = EMBEDDED,
@@ -123,6 +124,7 @@ def generate(
                 control=control,
                 style_image=style_image,
                 true_guidance=true_guidance,
+                temperature=temperature,
             )
             elapsed_s += result.elapsed_s
             for path, picture in zip(result.save(out), result.pictures, strict=True):

@@ -162,6 +162,8 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
     missing = peft_is_missing()
     if missing:
         raise ModelError(missing)
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ModelError(f"a {type(pipeline).__name__} takes no LoRAs: use the model without")
     file = _find_file(path)
     tensors, _ = _read(file)
     if not any("lora" in key for key in tensors):

@@ -44,6 +44,8 @@ def translate(runner: Any, request: Request, family: Family, noise: torch.Tensor
     }
     settings |= _guidance(known, request, family)
     settings |= _pictures(known, request)
+    if request.temperature is not None:
+        settings["temperature"] = request.temperature
     if noise is not None:
         settings["latents"] = _start(runner, request, family, noise)
     if "num_images_per_prompt" in known and request.mode == "editing":  # a list of pictures means several to edit as one

@@ -20,7 +20,7 @@ from imagegen.families.libraries import quiet
 from imagegen.families.loading import load_pipeline, load_stock
 from imagegen.families.run import OnStep, Run, StepState, in_lock_step, watched
 from imagegen.families.texts import cut_text
-from imagegen.request import Request, RequestError
+from imagegen.request import ModelError, Request, RequestError
 from imagegen.sampling import make_scheduler
 from imagegen.sources import Source
 
@@ -162,6 +162,16 @@ def _for_mode(pipeline: Any, request: Request, control: Any) -> Any:
     return with_class(kind, pipeline)
 
 
+def check_stock(source: Source) -> None:
+    """Refuse what compares with stock diffusers where diffusers has no pipeline of its own.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if not (source.diffusers_folder / "model_index.json").is_file():
+        raise ModelError(f"diffusers has no pipeline for {source.name!r} to compare with: use reference and compare instead")
+
+
 def stock_runner(
     source: Source, device: torch.device, dtype: torch.dtype = torch.float32, family: Family = FAMILIES["emoji"]
 ) -> Callable[..., list[Any]]:
@@ -177,7 +187,11 @@ def stock_runner(
         A function of a text-to-image request, which returns its PIL pictures, each from its own seed. Its
         second argument, if any, is told the steps done and all, and ends the work by returning False:
         that raises RequestError.
+
+    Raises:
+        ModelError: diffusers has no pipeline of its own for this model.
     """
+    check_stock(source)
     pipeline = load_stock(source, dtype)
     pipeline.to(device).set_progress_bar_config(disable=True)
 

@@ -54,16 +54,16 @@ def pack(pipeline: Any, noise: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(pipeline: Any, latents: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return a pipeline's latents as (B, C, h, w).
+    """Return a pipeline's latents as (B, C, h, w); codes as they are.
 
     Args:
         pipeline: whose they are.
-        latents: (B, C, h, w), (B, C, 1, h, w), or tokens (B, N, D).
+        latents: (B, C, h, w), (B, C, 1, h, w), tokens (B, N, D), or codes (B, N).
         size: the picture's width and height in pixels.
     """
     if latents.dim() == 5:
         return latents.squeeze(2)
-    if latents.dim() == 4:
+    if latents.dim() in (2, 4):
         return latents
     num_images, tokens, channels = latents.shape
     method = getattr(pipeline, "_unpack_latents", None)
@@ -143,11 +143,13 @@ def decode_preview(pipeline: Any, original: torch.Tensor, size: tuple[int, int])
 
     Args:
         pipeline: the model's pipeline.
-        original: (C, h, w) latents.
+        original: (C, h, w) latents, or what a pipeline with a `preview` of its own has in their place.
         size: width and height in pixels of the picture returned.
 
     Returns:
         A PIL image, RGB.
     """
+    if hasattr(pipeline, "preview"):
+        return pipeline.preview(original, size)
     picture = decode(pipeline, original, PREVIEW_PX)
     return picture if picture.size == size else picture.resize(size)

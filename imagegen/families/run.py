@@ -29,8 +29,8 @@ class StepState:
     Attributes:
         index: number of the step, from 0.
         num_steps: steps of this run (fewer than asked for where `strength` is below 1).
-        latents: (B, C, h, w), the state after this step.
-        original: (B, C, h, w), the scheduler's guess of the finished latents.
+        latents: (B, C, h, w), the state after this step; (B, n) codes so far, of models that draw tokens.
+        original: (B, C, h, w), the scheduler's guess of the finished latents; the codes, of those.
     """
 
     index: int

@@ -37,7 +37,13 @@ def cut_text(pipeline: Any, prompt: str, chat: bool = False) -> tuple[int, str]:
         pipeline: the model's.
         prompt: what the user wrote.
         chat: the encoder reads it inside the tokenizer's chat template.
+
+    Raises:
+        RequestError: the model reads a whole prompt or none, and this one is too long.
     """
+    if hasattr(pipeline, "max_prompt_tokens"):
+        pipeline.encode_prompt([prompt])
+        return pipeline.max_prompt_tokens, ""
     found = [(tokenizer, limit - opening_length(tokenizer) if chat else limit) for tokenizer, limit in readers(pipeline)]
     if not found:
         return 0, ""

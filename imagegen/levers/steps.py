@@ -102,12 +102,13 @@ class StepCache(Scheduled):
 
         def around(compute: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                slot, self.calls = self.calls, self.calls + 1
+                call, self.calls = self.calls, self.calls + 1
                 if kwargs.get("return_dict", True):  # no pipeline of diffusers asks for that
                     return compute(*args, **kwargs)
-                history = self.histories.get(slot)
                 sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-                if self.is_due() or not history or len(history[-1][1]) != len(sample):
+                slot = (call, len(sample))  # other rows, when guidance goes on or off, are another series
+                history = self.histories.get(slot)
+                if self.is_due() or not history:
                     self.counts["steps computed"] += 1
                     output = compute(*args, **kwargs)
                     self.remember(slot, output[0])
