@@ -47,6 +47,7 @@ class Family:
         sized_by_config: the native size stands in the denoiser's configuration, where that has one.
         chat: the text encoder reads the prompt inside its chat template.
         modes: what it can do; of a loaded model, what diffusers has a pipeline for.
+        takes: what a loaded model was given besides: `control` (a ControlNet), `style` (an IP-Adapter).
         variants: what changes where an entry of the denoiser's or the pipeline's configuration has a value.
     """
 
@@ -69,6 +70,7 @@ class Family:
     sized_by_config: bool = True
     chat: bool = False
     modes: tuple[str, ...] = PAINTING
+    takes: tuple[str, ...] = ()
     variants: tuple[tuple[str, Any, dict[str, Any]], ...] = field(default=(), repr=False)
 
 

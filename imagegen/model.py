@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -22,37 +22,17 @@ from imagegen.catalog import EMBEDDED, FAMILIES, Family, card_of, embedded_folde
 from imagegen.families import adapters, diffusion
 from imagegen.families.arguments import is_guided
 from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
+from imagegen.guides import Guides
 from imagegen.levers import RunFacts
 from imagegen.measure import environment, machine_of
-from imagegen.request import ModelError, PlanError, Request, RequestError, build_request, open_picture
+from imagegen.request import ModelError, PlanError, Request, RequestError, build_request
 from imagegen.result import Picture, Result
 from imagegen.speed import EXACT, AppliedPlan, Plan, find_plan
+from imagegen.variations import Settings, Variations
 from imagegen.weights import hash_file, hash_weights, stored_dtype
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-VARIATIONS = {"subtle": 0.4, "strong": 0.75}  # how much of the picture is repainted
-
-
-class Settings(TypedDict, total=False):
-    """What `generate` and `stream` take besides the prompt; None stands for the model's default."""
-
-    seed: int | None
-    num_images: int | None
-    num_steps: int | None
-    guidance: float | None
-    negative_prompt: str | None
-    width: int | None
-    height: int | None
-    scheduler: str | None
-    image: "Image | str | Path | None"
-    strength: float | None
-    mask: "Image | str | Path | None"
-    margins: tuple[int, int, int, int] | None
-    true_guidance: float | None
-    noise: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +64,7 @@ class Step:
         return diffusion.decode_preview(self._model.pipeline, self._original[index], self._size)
 
 
-class Model:
+class Model(Variations, Guides):
     """A loaded model.
 
     Attributes:
@@ -92,6 +72,8 @@ class Model:
         folder: where its files are.
         family: what it can make, and its defaults.
         pipeline: the diffusers pipeline, for everything that is not here.
+        guides: the ControlNet (`control`) and the IP-Adapter (`style`) that were added: `name` and `sha256`.
+        control: the ControlNet itself, or None.
         loras: those that were added: `name` of the file, its `sha256`, and its `weight`.
         memory: which memory levers a budget chose, or an out-of-memory error added, and why; in words.
     """
@@ -103,6 +85,8 @@ class Model:
         self.family = family
         self.pipeline = pipeline
         self.loras: list[dict[str, Any]] = []
+        self.guides = {}
+        self.control = None
         self._kept: dict[Any, Any] = {}
         self._rung, self.memory = 0, ""
         if memory_gib is not None:
@@ -249,7 +233,8 @@ class Model:
             **settings: `seed`, `num_images`, `num_steps`, `guidance` (1 is off), `negative_prompt`,
                 `width`, `height` (pixels), `scheduler`; `image` with `strength` repaints a picture,
                 `mask` only where it is white, `margins` (left, right, top, bottom) around it; an editing
-                model takes `image` alone; `true_guidance` adds guidance in two passes where `guidance` is
+                model takes `image` alone; `control` and `style_image`, each with its weight, are followed
+                by what `add_control` and `add_style` loaded; `true_guidance` adds guidance in two passes where `guidance` is
                 an input of the model; `noise` (B, C, h, w) of unit variance replaces the
                 noise that the seeds would draw.
 
@@ -259,87 +244,6 @@ class Model:
         return self.run(prompt, None, **settings)
 
     __call__ = generate
-
-    def vary(
-        self,
-        picture: "Picture | Image | str | Path",
-        *,
-        strength: str | float = "subtle",
-        prompt: str | None = None,
-        **settings: Any,
-    ) -> Result:
-        """Make variations of a picture: the same scene, drawn anew in part.
-
-        Args:
-            picture: one of a result's `pictures`, a PIL picture or a path.
-            strength: `subtle`, `strong`, or how much is repainted, above 0 to 1.
-            prompt: what it shows; by default what a picture of a result, or its PNG, remembers; without any, nothing.
-            **settings: as for `generate`.
-
-        Raises:
-            RequestError: a setting is wrong, or the family has no image-to-image.
-        """
-        image, words = _open_remembered(picture, prompt)
-        if isinstance(strength, str) and strength not in VARIATIONS:
-            raise RequestError(f"strength must be {' or '.join(VARIATIONS)}, or above 0 and at most 1, got {strength!r}")
-        amount = VARIATIONS[strength] if isinstance(strength, str) else strength
-        return self.generate(words, image=image, strength=amount, **settings)
-
-    def upscale(
-        self,
-        picture: "Picture | Image | str | Path",
-        factor: float = 2,
-        *,
-        strength: float = 0.3,
-        prompt: str | None = None,
-        **settings: Any,
-    ) -> Result:
-        """Make a larger picture: resized, then drawn once more at low strength.
-
-        Args:
-            picture: as for `vary`.
-            factor: of width and height, above 1 to 8.
-            strength: how much is repainted.
-            prompt: as for `vary`.
-            **settings: as for `generate`.
-
-        Raises:
-            RequestError: a setting is wrong, or the family has no image-to-image.
-        """
-        image, words = _open_remembered(picture, prompt)
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 1 < factor <= 8:
-            raise RequestError(f"factor must be above 1 and at most 8, got {factor!r}")
-        step = self.family.multiple_px
-        width, height = (round(side * factor / step) * step for side in (image.width, image.height))
-        return self.generate(words, image=image, strength=strength, width=width, height=height, **settings)
-
-    def outpaint(
-        self,
-        picture: "Picture | Image | str | Path",
-        *,
-        left: int = 0,
-        right: int = 0,
-        top: int = 0,
-        bottom: int = 0,
-        prompt: str | None = None,
-        **settings: Any,
-    ) -> Result:
-        """Grow a picture on any side; every pixel of it stays as it was.
-
-        Args:
-            picture: as for `vary`.
-            left: pixels to add there; likewise `right`, `top` and `bottom`.
-            right: see `left`.
-            top: see `left`.
-            bottom: see `left`.
-            prompt: what the whole shows; as for `vary`.
-            **settings: as for `generate`.
-
-        Raises:
-            RequestError: a setting is wrong, or the family has no outpainting.
-        """
-        image, words = _open_remembered(picture, prompt)
-        return self.generate(words, image=image, margins=(left, right, top, bottom), **settings)
 
     def run(self, prompt: str, on_step: Callable[[Step], None] | None, **settings: Unpack[Settings]) -> Result:
         """Make pictures in this thread and tell `on_step`, if any, of every step; else as `generate`.
@@ -386,7 +290,7 @@ class Model:
         notice = self.notice_about(request.prompt)
         if notice:
             warnings.warn(notice, stacklevel=4)
-        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise))
+        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control))
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:
         """Let the plan's levers follow a run, in whatever thread it is computed."""
@@ -453,6 +357,7 @@ class Model:
                 "family": self.family.name,
                 "sha256": self.hashes,
                 "licence": self.licence,
+                **self.guides,
             },
             loras=[dict(lora) for lora in self.loras],
             plan={"name": self.plan.name, "levers": self.applied},
@@ -504,16 +409,6 @@ def load(
     if plan != "exact":
         model.set_plan(plan)
     return model
-
-
-def _open_remembered(picture: "Picture | Image | str | Path", prompt: str | None) -> tuple["Image", str]:
-    """Return a picture, and the prompt given or the one that the picture remembers."""
-    if isinstance(picture, Picture):
-        return picture.image, picture.receipt.request["prompt"] if prompt is None else prompt
-    image = open_picture("picture", picture)
-    if image is None:
-        raise RequestError("picture must be a PIL picture or a path, got None")
-    return image, receipts.remembered_prompt(image) if prompt is None else prompt
 
 
 def find_device(device: str | torch.device | None) -> torch.device:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagegen.request import ReceiptError, Request, RequestError
+from imagegen.request import PICTURES, ReceiptError, Request, RequestError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,9 +39,10 @@ class Receipt:
     Attributes:
         version: version of this format.
         request: the request's settings with the picture's own seed and one image, `mode`, and for
-            input pictures `image_sha256`, `mask_sha256`; `noise` is true where the start was given.
+            input pictures `image_sha256`, `mask_sha256` …; `noise` is true where the start was given.
         pixels_sha256: SHA-256 of the RGB pixels, row by row, three bytes each.
-        model: `source`, `revision`, `family`, `sha256` of every weight file, `licence`.
+        model: `source`, `revision`, `family`, `sha256` of every weight file, `licence`; `control` and `style`
+            where a ControlNet or an IP-Adapter was loaded, each with its `name` and `sha256`.
         loras: applied LoRA files with their hashes and weights.
         plan: the plan's `name` and what each lever did.
         environment: versions, device and dtype.
@@ -92,11 +93,8 @@ def pixels_sha256(picture: "Image") -> str:
 def describe_request(request: Request, given_noise: bool) -> dict[str, Any]:
     """Return the request as a receipt records it: input pictures by hash."""
     described = request.settings() | {"mode": request.mode, "noise": given_noise}
-    if request.image is not None:
-        described["image_sha256"] = pixels_sha256(request.image)
-    if request.mask is not None:
-        described["mask_sha256"] = pixels_sha256(request.mask)
-    return described
+    given = {name: getattr(request, name) for name in PICTURES}
+    return described | {f"{name}_sha256": pixels_sha256(picture) for name, picture in given.items() if picture is not None}
 
 
 def parse_receipt(text: str) -> Receipt:

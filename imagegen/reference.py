@@ -9,7 +9,7 @@ from imagegen.fit import HARMLESS
 from imagegen.measure import versions
 from imagegen.model import Model, load
 from imagegen.receipt import Receipt, describe_request, open_picture, pixels_sha256
-from imagegen.request import ReceiptError, Request, build_request
+from imagegen.request import PICTURES, ReceiptError, Request, build_request
 from imagegen.speed import EXACT, Plan
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ TAKEN_FROM_RECEIPT = (
     "strength",
     "margins",
     "true_guidance",
+    "control_weight",
+    "style_weight",
 )
 
 
@@ -57,6 +59,8 @@ def replay(
     *,
     image: "Image | str | Path | None" = None,
     mask: "Image | str | Path | None" = None,
+    control: "Image | str | Path | None" = None,
+    style_image: "Image | str | Path | None" = None,
     model: Model | None = None,
     device: str | None = None,
 ) -> Verdict:
@@ -66,6 +70,8 @@ def replay(
         picture: a PNG with a receipt.
         image: the picture it was made from, for image-to-image and inpainting.
         mask: the mask it was made with, for inpainting.
+        control: the picture whose structure it followed.
+        style_image: the picture whose style it followed.
         model: the model to use; by default the receipt's own is loaded.
         device: where to load it.
 
@@ -79,7 +85,9 @@ def replay(
     recorded = receipt.request
     if recorded.get("noise"):
         raise ReceiptError(f"{str(picture)!r} was made from noise given by the caller: it cannot be made again from its receipt")
-    for name, given, wanted in (("image", image, recorded.get("image_sha256")), ("mask", mask, recorded.get("mask_sha256"))):
+    pictures = {"image": image, "mask": mask, "control": control, "style_image": style_image}
+    for name, given in pictures.items():
+        wanted = recorded.get(f"{name}_sha256")
         if wanted and given is None:
             raise ReceiptError(f"{str(picture)!r} was made with {name}=: give that picture again")
         if given is not None and not wanted:
@@ -91,9 +99,9 @@ def replay(
             f"{str(picture)!r} was made with {wanted}: add just that to the model (add_lora, --lora), and replay again"
         )
     settings = {name: recorded[name] for name in TAKEN_FROM_RECEIPT if recorded.get(name) is not None} | {"num_images": 1}
-    request = build_request(recorded["prompt"], used.family, settings | {"image": image, "mask": mask})
+    request = build_request(recorded["prompt"], used.family, settings | pictures)
     with used.plan_for_a_while(plan_of(receipt)):
-        remade = used.generate(request.prompt, **(settings | {"image": request.image, "mask": request.mask})).images[0]
+        remade = used.generate(request.prompt, **(settings | {name: getattr(request, name) for name in PICTURES})).images[0]
     reasons = _differences(receipt, used, describe_request(request, False), stored)
     if remade.size != stored.size:
         return Verdict(False, 0.0, 255, [*reasons, f"the picture is {stored.size}, the receipt makes {remade.size}"], remade)
@@ -128,9 +136,12 @@ def _differences(receipt: Receipt, model: Model, described: dict, stored: "Image
     changed = sorted(name for name in recorded.keys() | here.keys() if recorded.get(name) != here.get(name))
     if changed:
         reasons.append(f"other weights than recorded: {', '.join(changed)}")
-    for name in ("image_sha256", "mask_sha256"):
-        if described.get(name) != receipt.request.get(name):
-            reasons.append(f"the {name.removesuffix('_sha256')} given is not the one that was used")
+    for name in PICTURES:
+        if described.get(f"{name}_sha256") != receipt.request.get(f"{name}_sha256"):
+            reasons.append(f"the {name} given is not the one that was used")
+    for name in ("control", "style"):
+        if receipt.model.get(name) != model.guides.get(name):
+            reasons.append(f"another {name} model than recorded is loaded")
     return reasons
 
 

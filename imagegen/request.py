@@ -63,6 +63,10 @@ class Request:
         strength: how much of `image` is repainted, above 0 up to 1; None without `image`.
         mask: where to repaint (white, L), or None.
         margins: pixels by which `image` grows to the left, right, top and bottom, or None.
+        control: the picture whose structure a ControlNet follows (RGB), or None.
+        control_weight: how closely, above 0 to 2; None without `control`.
+        style_image: the picture whose style an IP-Adapter follows (RGB), or None.
+        style_weight: how closely, above 0 to 2; None without `style_image`.
         true_guidance: guidance in two passes, on top of a `guidance` that is an input of the denoiser, or None.
     """
 
@@ -80,6 +84,10 @@ class Request:
     mask: "Image | None" = None
     margins: tuple[int, int, int, int] | None = None
     true_guidance: float | None = None
+    control: "Image | None" = None
+    control_weight: float | None = None
+    style_image: "Image | None" = None
+    style_weight: float | None = None
 
     @property
     def mode(self) -> str:
@@ -98,14 +106,15 @@ class Request:
 
     def settings(self) -> dict[str, Any]:
         """Return the request as JSON-ready data, pictures left out (receipts name them by hash)."""
-        left_out = {"image", "mask"}
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        return {name: value for name, value in vars(self).items() if name not in PICTURES}
 
 
 KEYWORDS: tuple[str, ...] = (
     *("seed", "num_images", "num_steps", "guidance", "negative_prompt", "width", "height", "scheduler"),
     *("image", "strength", "mask", "margins", "true_guidance", "noise"),
+    *("control", "control_weight", "style_image", "style_weight"),
 )
+PICTURES = ("image", "mask", "control", "style_image")
 # What other libraries call these.
 FOREIGN_NAMES = {
     "num_inference_steps": "num_steps",
@@ -158,7 +167,7 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
     """
     check_keywords(given)
     values = {name: value for name, value in given.items() if value is not None and name != "noise"}
-    image, mask = (open_picture(name, values.pop(name, None)) for name in ("image", "mask"))
+    image, mask, control, style = (open_picture(name, values.pop(name, None)) for name in PICTURES)
     margins = _margins(values.get("margins"), image, mask)
     num_images = _whole("num_images", values.get("num_images", 1), 1, MAX_PICTURES)
     seed = values.get("seed")
@@ -179,6 +188,8 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         strength=strength,
         margins=margins,
         true_guidance=_guidance("true_guidance", values["true_guidance"]) if "true_guidance" in values else None,
+        control_weight=_weight("control", values.get("control_weight"), control, family),
+        style_weight=_weight("style", values.get("style_weight"), style, family),
     )
     if mask is not None and image is None:
         raise RequestError("mask needs image: pass the picture to repaint as image=")
@@ -186,6 +197,10 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         request = replace(request, image=_fit(image, request, "RGB"))
     if mask is not None:
         request = replace(request, mask=_fit(mask, request, "L"))
+    if control is not None:
+        request = replace(request, control=_fit(control, replace(request, margins=None, strength=1.0), "RGB"))
+    if style is not None:
+        request = replace(request, style_image=style.convert("RGB"))
     _check_family(request, family)
     if request.num_steps * (request.strength or 1.0) < 1:
         raise RequestError(f"strength {request.strength} of {request.num_steps} steps leaves none to run: raise either")
@@ -275,6 +290,23 @@ def _strength(value: object, image: object, repainted: object, family: "Family")
     number = _number("strength", (1.0 if repainted is not None else 0.6) if value is None else value)
     if not 0 < number <= 1:
         raise RequestError(f"strength must be above 0 and at most 1, got {number:g}")
+    return number
+
+
+def _weight(what: str, value: object, picture: object, family: "Family") -> float | None:
+    """Return the weight of a control or a style; None where there is none."""
+    setting = {"control": "control", "style": "style_image"}[what]
+    if picture is None and what in family.takes and what == "style":
+        raise RequestError("this model has a style loaded: pass style_image=, or take it out with model.remove_style()")
+    if picture is None:
+        if value is not None:
+            raise RequestError(f"{what}_weight needs {setting}: it says how closely that picture is followed")
+        return None
+    if what not in family.takes:
+        raise RequestError(f"{setting} needs a model that follows it: load one with model.add_{what}() first")
+    number = _number(f"{what}_weight", 1.0 if value is None else value)
+    if not 0 < number <= 2:
+        raise RequestError(f"{what}_weight must be above 0 and at most 2, got {number:g}")
     return number
 
 

@@ -29,6 +29,8 @@ ORDER = [
     "speed",
     "roofline",
     "fit",
+    "guides",
+    "variations",
     "model",
     "reference",
     "reference_set",

@@ -81,6 +81,11 @@ def _pictures(known: dict[str, Any], request: Request) -> dict[str, Any]:
         settings["strength"] = request.strength
     if mask is not None:
         settings["mask_image"] = [mask] * count
+    if request.control is not None:
+        name = "control_image" if "control_image" in known else "image"
+        settings |= {name: [request.control] * count, "controlnet_conditioning_scale": request.control_weight}
+    if request.style_image is not None:
+        settings["ip_adapter_image"] = request.style_image
     if "max_area" in known:  # else it draws as many pixels as it was made for, whatever the size
         settings["max_area"] = request.width * request.height
     return {name: value for name, value in settings.items() if name in known}

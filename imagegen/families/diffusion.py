@@ -147,6 +147,16 @@ def describe(pipeline: Any, family: Family) -> Family:
     return replace(family, modes=tuple(modes), negative=negative, size_px=min(family.size_px, family.max_px))
 
 
+def control_class(pipeline: Any, mode: str) -> type | None:
+    """Return the class of the pipeline with a ControlNet for a mode; None where diffusers has none."""
+    import diffusers
+
+    stem = type(pipeline).__name__.removesuffix("Pipeline") + "ControlNet"
+    known = {"text-to-image": ["Pipeline"], "image-to-image": ["Img2ImgPipeline"]}
+    wanted = known.get(mode, ["InpaintPipeline", "InpaintingPipeline"])
+    return next((getattr(diffusers, stem + suffix) for suffix in wanted if hasattr(diffusers, stem + suffix)), None)
+
+
 def _class_for(pipeline: Any, mode: str) -> type | None:
     """Return the class of the pipeline for a mode: diffusers names them alike; None where there is none."""
     import diffusers
@@ -170,7 +180,7 @@ def with_class(kind: type, pipeline: Any, **more: Any) -> Any:
     return made
 
 
-def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Tensor | None = None) -> Run:
+def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Tensor | None = None, control: Any = None) -> Run:
     """Return the stock pipeline's run for a request.
 
     Every run has a scheduler and a pipeline object of its own, so that two runs of one model never meet.
@@ -180,11 +190,14 @@ def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Te
         request: checked; its pictures already have its size.
         family: of the loaded model.
         noise: (B, C, h, w) of unit variance to start from, or None to draw it from the seeds.
+        control: the ControlNet, where the request has a picture for it.
 
     Raises:
         RequestError: `noise` has another shape than the latents, or the scheduler is unknown.
     """
-    runner = _for_mode(pipeline, request)
+    runner = _for_mode(pipeline, request, control)
+    if request.style_weight is not None:
+        runner.set_ip_adapter_scale(request.style_weight)
     runner.scheduler = make_scheduler(pipeline.scheduler, request.scheduler)
     for name, part in vars(runner).items():
         if hasattr(part, "components") and hasattr(part, "scheduler"):  # a pipeline inside a combined one
@@ -196,8 +209,13 @@ def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Te
     return Run(runner, translate(runner, request, family, noise), request)
 
 
-def _for_mode(pipeline: Any, request: Request) -> Any:
+def _for_mode(pipeline: Any, request: Request, control: Any) -> Any:
     """Return the pipeline for the request's mode, sharing the components."""
+    if request.control is not None:
+        kind = control_class(pipeline, request.mode)
+        if kind is None:
+            raise RequestError(f"diffusers has no {request.mode} with a ControlNet for this model: leave control or image out")
+        return with_class(kind, pipeline, controlnet=control)
     kind = _class_for(pipeline, request.mode)
     assert kind is not None  # else the request was refused
     return copy.copy(pipeline) if kind is type(pipeline) else with_class(kind, pipeline)

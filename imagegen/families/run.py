@@ -61,9 +61,14 @@ class Run:
         """Make the PIL pictures; tell `on_step`, if any, the state after every step. What it raises ends the work."""
         for generator in self.generators:
             generator.manual_seed(generator.initial_seed())  # a second try, after an error, begins like the first
-        with watched(self._runner, None if on_step is None else self._told(on_step)) as more:
-            images = self._runner(**self._settings, **more).images
         request = self._request
+        tell = None if on_step is None else self._told(on_step)
+        # Where a pipeline draws from torch's own generator as well, as SD3 does to encode a control, the seed decides that too.
+        shared = torch.random.fork_rng() if request.control is not None else contextlib.nullcontext()
+        with shared, watched(self._runner, tell) as more:
+            if request.control is not None:
+                torch.manual_seed(request.seed)
+            images = self._runner(**self._settings, **more).images
         if request.margins is None or request.image is None:
             return images
         return [put_back(image, request.image, request.margins) for image in images]

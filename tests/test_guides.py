@@ -1,0 +1,167 @@
+"""ControlNets and IP-Adapters: as the stock pipelines follow them, from local files, and gone without a trace."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from test_families import assert_identical, seeded
+from tiny_families import SIDE
+
+import imagegen
+
+
+@pytest.fixture(scope="module")
+def edges():
+    picture = Image.new("RGB", (64, 64))
+    ImageDraw.Draw(picture).ellipse((15, 15, 49, 49), outline="white")
+    return picture
+
+
+def make_control(name, pipeline):
+    """Make a ControlNet whose last layers are not zero, as an untrained one's are."""
+    torch.manual_seed(3)
+    if name == "flux":
+        heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 8), "guidance_embeds": True}
+        layers = {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": SIDE, "pooled_projection_dim": SIDE}
+        control = diffusers.FluxControlNetModel(patch_size=1, in_channels=64, **heads, **layers)
+    elif name == "sd3":
+        control = diffusers.SD3ControlNetModel.from_transformer(
+            pipeline.transformer, num_layers=1, num_extra_conditioning_channels=0
+        )
+    else:
+        config = pipeline.unet.config
+        control = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 16, 16, 16))
+        assert control.config.cross_attention_dim == config.cross_attention_dim
+    for weight in control.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.2)
+    return control.eval()
+
+
+CONTROLS = {
+    "sd1.5": diffusers.StableDiffusionControlNetPipeline,
+    "sdxl": diffusers.StableDiffusionXLControlNetPipeline,
+    "sd3": diffusers.StableDiffusion3ControlNetPipeline,
+    "flux": diffusers.FluxControlNetPipeline,
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_is_stock_and_gone_when_removed(name, folder_of, stock_of, edges, tmp_path):
+    model, stock = imagegen.load(folder_of(name)), stock_of(name)
+    make_control(name, stock).save_pretrained(tmp_path / "edges")
+    settings = {"seed": 1, "num_images": 2, "num_steps": 2, "guidance": 2, "width": 64, "height": 64}
+    before = model("a sun", **settings).images
+    model.add_control(tmp_path / "edges")
+    result = model("a sun", control=edges, control_weight=0.7, **settings)
+    control = type(model.control).from_pretrained(tmp_path / "edges")
+    words = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 2.0, "generator": seeded(1, 2)}
+    words["image" if name in ("sd1.5", "sdxl") else "control_image"] = [edges] * 2
+    torch.manual_seed(1)  # SD3 draws from there, too
+    theirs = (
+        CONTROLS[name]
+        .from_pipe(stock, controlnet=control)(prompt=["a sun"] * 2, controlnet_conditioning_scale=0.7, **words)
+        .images
+    )
+    for picture, other, free in zip(result.images, theirs, before, strict=True):
+        assert_identical(picture, other)
+        assert not np.array_equal(np.asarray(picture), np.asarray(free))
+    receipt = result.pictures[0].receipt
+    assert receipt.model["control"]["name"] == "edges"
+    assert receipt.request["control_weight"] == 0.7
+    assert len(receipt.request["control_sha256"]) == 64
+    model.remove_control()
+    assert_identical(model("a sun", **settings).images[0], before[0])
+
+
+def test_control_with_a_picture_to_start_from(folder_of, stock_of, edges, tmp_path):
+    model, stock = imagegen.load(folder_of("sd1.5")), stock_of("sd1.5")
+    make_control("sd1.5", stock).save_pretrained(tmp_path / "edges")
+    model.add_control(tmp_path / "edges")
+    start = Image.new("RGB", (64, 64), "blue")
+    result = model("a sun", image=start, strength=0.5, control=edges, seed=1, num_steps=4, guidance=2)
+    pipeline = diffusers.StableDiffusionControlNetImg2ImgPipeline.from_pipe(stock, controlnet=model.control)
+    words = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 2.0, "controlnet_conditioning_scale": 1.0}
+    theirs = pipeline("a sun", image=start, control_image=edges, generator=seeded(1), **words).images[0]
+    assert_identical(result.images[0], theirs)
+    path = result.save(tmp_path)[0]
+    assert imagegen.replay(path, image=start, control=edges, model=model).same
+    with pytest.raises(imagegen.ReceiptError, match="was made with control=: give that picture again"):
+        imagegen.replay(path, image=start, model=model)
+    model.remove_control()
+    with pytest.raises(imagegen.RequestError, match=r"load one with model\.add_control"):
+        imagegen.replay(path, image=start, control=edges, model=model)
+
+
+def write_style(unet, folder):
+    """Write an IP-Adapter and its image encoder for a UNet; return the file and the encoder's folder."""
+    torch.manual_seed(4)
+    size = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**size, image_size=32, patch_size=16, projection_dim=16)
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder / "encoder")
+    wide, tensors = unet.config.cross_attention_dim, {}
+    tensors |= {"image_proj.proj.weight": torch.randn(4 * wide, 16), "image_proj.proj.bias": torch.randn(4 * wide)}
+    tensors |= {"image_proj.norm.weight": torch.ones(wide), "image_proj.norm.bias": torch.zeros(wide)}
+    crossed = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    assert len(names) == len(crossed)
+    hidden = {name: unet.get_submodule(name.removesuffix(".processor")).to_q.out_features for name in names}
+    for number, name in enumerate(names):
+        for part in ("to_k_ip", "to_v_ip"):
+            tensors[f"ip_adapter.{2 * number + 1}.{part}.weight"] = torch.randn(hidden[name], wide)
+    save_file(tensors, folder / "style.safetensors")
+    return folder / "style.safetensors", folder / "encoder"
+
+
+@pytest.mark.parametrize("name", ["sd1.5", "sdxl"])
+def test_style_is_stock_and_gone_when_removed(name, folder_of, edges, tmp_path):
+    model = imagegen.load(folder_of(name))
+    file, encoder = write_style(model.pipeline.unet, tmp_path)
+    settings = {"seed": 1, "num_steps": 2, "guidance": 2, "width": 64, "height": 64}
+    before = model("a sun", **settings).images[0]
+    model.add_style(file, image_encoder=encoder)
+    result = model("a sun", style_image=edges, style_weight=0.6, **settings)
+    stock = diffusers.DiffusionPipeline.from_pretrained(folder_of(name), local_files_only=True)
+    vision = transformers.CLIPVisionModelWithProjection.from_pretrained(encoder)
+    stock.register_modules(
+        image_encoder=vision, feature_extractor=transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    )
+    stock.load_ip_adapter(str(tmp_path), subfolder="", weight_name="style.safetensors")
+    stock.set_ip_adapter_scale(0.6)
+    words = {"num_inference_steps": 2, "guidance_scale": 2.0, "width": 64, "height": 64, "generator": seeded(1)}
+    assert_identical(result.images[0], stock("a sun", ip_adapter_image=edges, **words).images[0])
+    assert not np.array_equal(np.asarray(result.images[0]), np.asarray(before))
+    assert result.pictures[0].receipt.model["style"]["name"] == "style.safetensors"
+    with pytest.raises(imagegen.RequestError, match="has a style loaded: pass style_image="):
+        model("a sun", **settings)
+    model.remove_style()
+    assert_identical(model("a sun", **settings).images[0], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "error", "says"),
+    [
+        ("sd1.5", lambda m, p: m("a sun", control=p), imagegen.RequestError, "load one with model.add_control() first"),
+        ("sd1.5", lambda m, p: m("a sun", style_image=p), imagegen.RequestError, "load one with model.add_style() first"),
+        ("sd1.5", lambda m, p: m("a sun", control_weight=1), imagegen.RequestError, "control_weight needs control"),
+        ("sd1.5", lambda m, p: m.add_control("nowhere"), imagegen.ModelError, "no ControlNet 'nowhere'"),
+        ("sd1.5", lambda m, p: m.add_style("nowhere.bin"), imagegen.ModelError, "no IP-Adapter 'nowhere.bin'"),
+        ("pixart-sigma", lambda m, p: m.add_control("nowhere"), imagegen.ModelError, "diffusers has no ControlNet for a PixArt"),
+        ("pixart-sigma", lambda m, p: m.add_style("nowhere"), imagegen.ModelError, "takes no IP-Adapter"),
+    ],
+)
+def test_what_cannot_be_is_an_error_with_a_way_out(model_of, edges, name, call, error, says):
+    with pytest.raises(error) as caught:
+        call(model_of(name), edges)
+    assert says in str(caught.value)
+
+
+def test_a_control_of_another_family(folder_of, stock_of, tmp_path):
+    model = imagegen.load(folder_of("sd1.5"))
+    stock_of("sdxl").unet.save_pretrained(tmp_path / "unet")
+    with pytest.raises(imagegen.ModelError, match="it is a UNet2DConditionModel"):
+        model.add_control(tmp_path / "unet")
+    assert model.control is None
