@@ -361,7 +361,7 @@ def _fit(picture: "Image", request: Request, colours: str) -> "Image":
     if picture.mode in ("RGBA", "LA", "PA") and colours == "RGB":
         ground = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    whole = request.margins is not None or request.mode == "editing"
+    whole = request.margins is not None or request.strength is None  # grown, or edited
     size = picture.size if whole else (request.width, request.height)
     picture = picture.convert(colours)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)

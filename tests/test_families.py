@@ -18,6 +18,7 @@ from imagegen.catalog import CARDS, FAMILIES, family_of
 from imagegen.families import latents
 from imagegen.families.diffusion import denoiser_of, family_of_class
 from imagegen.fidelity import max_difference
+from imagegen.sampling import FLOW_MATCH_SCHEDULERS, SCHEDULERS
 
 # What a family's settings are called by its own pipeline.
 NEGATIVE = ({"guidance": 5.0, "negative_prompt": "blue"}, {"guidance_scale": 5.0, "negative_prompt": ["blue", "blue"]})
@@ -266,3 +267,65 @@ def test_cards_name_a_family_and_what_differs():
     turbo = family_of("models/sdxl-turbo", "StableDiffusionXLPipeline")
     assert (turbo.num_steps, turbo.guidance, turbo.distilled) == (1, 1.0, True)
     assert family_of("models/another", "StableDiffusionXLPipeline") == FAMILIES["stable-diffusion-xl"]
+
+
+def lora_file(pipeline, path, seed):
+    """Write a LoRA whose weights are not zero, in diffusers' layout."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(seed)
+    denoiser = denoiser_of(pipeline)
+    denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "made")
+    layers = {
+        f"{'unet' if hasattr(pipeline, 'unet') else 'transformer'}_lora_layers": get_peft_model_state_dict(denoiser, "made")
+    }
+    pipeline.save_lora_weights(path, **layers)
+    denoiser.delete_adapters("made")
+    return path / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "sd3", "z-image"])
+def test_loras_add_up_swap_and_leave_nothing(name, folder_of, tmp_path):
+    model, stock = (imagegen.load(folder_of(name)), diffusers.DiffusionPipeline.from_pretrained(folder_of(name)))
+    files = [lora_file(stock, tmp_path / str(seed), seed) for seed in (1, 2)]
+    settings = {"seed": 1, "num_steps": 2, "guidance": 2, "width": 64, "height": 64}
+    words = {"num_inference_steps": 2, "guidance_scale": 2.0, "width": 64, "height": 64}
+    free = model("a cat", **settings).images[0]
+    for file, weight in zip(files, (0.8, -0.5), strict=True):
+        model.add_lora(file, weight=weight)
+    both = model("a cat", **settings).images[0]
+    for number, file in enumerate(files):
+        stock.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=str(number))
+    stock.set_adapters(["0", "1"], [0.8, -0.5])
+    assert_identical(both, stock("a cat", generator=seeded(1), **words).images[0])
+    assert not np.array_equal(np.asarray(both), np.asarray(free))
+    model.remove_loras()
+    assert_identical(model("a cat", **settings).images[0], free)
+    model.add_lora(files[1], weight=1.0)
+    stock.set_adapters(["1"], [1.0])
+    assert_identical(model("a cat", **settings).images[0], stock("a cat", generator=seeded(1), **words).images[0])
+
+
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "ddpm"])
+def test_a_model_that_predicts_noise_takes_every_scheduler(scheduler, model_of, stock_of):
+    mine = model_of("sd1.5")("a cat", seed=1, num_steps=4, guidance=2, scheduler=scheduler, **side("sd1.5")).images[0]
+    stock = stock_of("sd1.5")
+    own, (kind, overrides) = stock.scheduler, SCHEDULERS[scheduler]
+    stock.scheduler = getattr(diffusers, kind).from_config(own.config, **overrides)
+    try:
+        words = {"num_inference_steps": 4, "guidance_scale": 2.0, "generator": seeded(1)}
+        assert_identical(mine, stock("a cat", **words, **side("sd1.5")).images[0])
+    finally:
+        stock.scheduler = own
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image", "z-image"])
+@pytest.mark.parametrize("scheduler", FLOW_MATCH_SCHEDULERS)
+def test_a_model_that_matches_flows_takes_the_schedulers_made_for_it(name, scheduler, model_of):
+    settings = {"seed": 1, "num_steps": 4, "guidance": 1, **side(name)}
+    made = model_of(name)("a cat", scheduler=scheduler, **settings).images[0]
+    own = model_of(name)("a cat", **settings).images[0]
+    assert np.array_equal(np.asarray(made), np.asarray(own)) == (scheduler == "euler")
+    with pytest.raises(imagegen.RequestError, match="'euler a' is not for models that match flows, as this one: it takes euler"):
+        model_of(name)("a cat", scheduler="euler a", **settings)

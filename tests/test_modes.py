@@ -149,3 +149,35 @@ def test_what_cannot_be_is_an_error_with_a_way_out(model_of, start, name, call, 
 def test_families_say_their_modes(model_of):
     assert {name: model_of(name).family.modes for name in PAINTERS} == dict.fromkeys(PAINTERS, EVERY)
     assert model_of("sana").family.modes == ("text-to-image",)
+
+
+@pytest.mark.parametrize("name", ["flux.2-klein", "kontext"])
+def test_editing_is_stock(name, model_of, stock_of, start):
+    """A picture without a strength is edited as told, and may have any size of its own."""
+    model = model_of(name)
+    settings = {"num_steps": 2, "seed": 1, "guidance": 2, "width": 64, "height": 64}
+    mine = model("make it red", image=start, num_images=2, **settings)
+    more = {"max_area": 64 * 64} if name == "kontext" else {}
+    words = {"num_inference_steps": 2, "guidance_scale": 2.0, "width": 64, "height": 64, "num_images_per_prompt": 2} | more
+    theirs = stock_of(name)(prompt="make it red", image=start, generator=seeded(1, 2), **words).images
+    for picture, other in zip(mine.images, theirs, strict=True):
+        assert_identical(picture, other)
+    assert mine.pictures[0].receipt.request["mode"] == "editing"
+    assert not np.array_equal(np.asarray(mine.images[0]), np.asarray(model("make it red", **settings).images[0]))
+    with pytest.raises(imagegen.RequestError, match="leave strength out to edit the picture"):
+        model("make it red", image=start, strength=0.5)
+
+
+def test_an_edited_picture_has_the_models_own_number_of_pixels(model_of):
+    request = imagegen.request.build_request("x", model_of("kontext").family, {"image": Image.new("RGB", (200, 100))})
+    assert (request.width, request.height) == (1440, 720)
+    assert request.image.size == (200, 100)
+
+
+def test_filling_is_stock(model_of, stock_of, start, mask):
+    mine = model_of("flux-fill")("a worm", image=start, mask=mask, seed=1, num_steps=2).images[0]
+    words = {"num_inference_steps": 2, "guidance_scale": 30.0, "width": 64, "height": 64, "strength": 1.0}
+    theirs = stock_of("flux-fill")("a worm", image=start, mask_image=mask, generator=seeded(1), **words).images[0]
+    assert_identical(mine, theirs)
+    with pytest.raises(imagegen.RequestError, match="it has no text-to-image; pass the picture as image="):
+        model_of("flux-fill")("a worm")
