@@ -277,10 +277,8 @@ def lora_file(pipeline, path, seed):
     torch.manual_seed(seed)
     denoiser = denoiser_of(pipeline)
     denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "made")
-    layers = {
-        f"{'unet' if hasattr(pipeline, 'unet') else 'transformer'}_lora_layers": get_peft_model_state_dict(denoiser, "made")
-    }
-    pipeline.save_lora_weights(path, **layers)
+    part = "unet" if hasattr(pipeline, "unet") else "transformer"
+    pipeline.save_lora_weights(path, **{f"{part}_lora_layers": get_peft_model_state_dict(denoiser, adapter_name="made")})
     denoiser.delete_adapters("made")
     return path / "pytorch_lora_weights.safetensors"
 
