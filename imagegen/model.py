@@ -21,6 +21,7 @@ from imagegen import receipt as receipts
 from imagegen.catalog import EMBEDDED, FAMILIES, Family, card_of, embedded_folder, family_of
 from imagegen.families import adapters, diffusion
 from imagegen.families.arguments import is_guided
+from imagegen.families.weighting import has_weights, reads_on, why_not
 from imagegen.fit import choose_rung, measure_needs, out_of_memory, rungs
 from imagegen.guides import Guides
 from imagegen.levers import RunFacts
@@ -229,14 +230,15 @@ class Model(Variations, Guides):
         """Make pictures from a prompt.
 
         Args:
-            prompt: what to draw.
+            prompt: what to draw; in Stable Diffusion, SDXL and FLUX `(word:1.3)` weighs a word.
             **settings: `seed`, `num_images`, `num_steps`, `guidance` (1 is off), `negative_prompt`,
                 `width`, `height` (pixels), `scheduler`; `image` with `strength` repaints a picture,
-                `mask` only where it is white, `margins` (left, right, top, bottom) around it; an editing
-                model takes `image` alone; `control` and `style_image`, each with its weight, are followed
-                by what `add_control` and `add_style` loaded; `true_guidance` adds guidance in two passes where `guidance` is
-                an input of the model; `noise` (B, C, h, w) of unit variance replaces the
-                noise that the seeds would draw.
+                `mask` only where it is white, `margins` (left, right, top, bottom) around it; an
+                editing model takes `image` alone; `control` and `style_image`, each with its weight,
+                are followed by what `add_control` and `add_style` loaded; `long_prompt` reads a prompt
+                to its end; `true_guidance` adds guidance in two passes where `guidance` is an input of
+                the model; `noise` (B, C, h, w) of unit variance replaces the noise that the seeds
+                would draw.
 
         Raises:
             RequestError: a setting is wrong; the message says which and what to do.
@@ -276,7 +278,10 @@ class Model(Variations, Guides):
         return self._read(request, diffusion.in_lock_step(run), given_noise=settings.get("noise") is not None)
 
     def notice_about(self, prompt: str) -> str | None:
-        """Return what `generate` will warn of: the end of a prompt that the text encoder will not read, or None."""
+        """Return what `generate` will warn of: a prompt's end that the text encoder will not read, weights it does not know."""
+        reason = why_not(self.pipeline, self.family) if has_weights(prompt) else None
+        if reason:
+            return f"the prompt's weights are read as plain words: {reason}"
         limit, cut = diffusion.cut_text(self.pipeline, prompt, self.family.chat)
         return f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
 
@@ -287,7 +292,7 @@ class Model(Variations, Guides):
         noise = settings.get("noise")
         if noise is not None and not isinstance(noise, torch.Tensor):
             raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
-        notice = self.notice_about(request.prompt)
+        notice = None if reads_on(self.pipeline, self.family, request) else self.notice_about(request.prompt)
         if notice:
             warnings.warn(notice, stacklevel=4)
         return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control))

@@ -32,6 +32,7 @@ TAKEN_FROM_RECEIPT = (
     "true_guidance",
     "control_weight",
     "style_weight",
+    "long_prompt",
 )
 
 

@@ -67,6 +67,7 @@ class Request:
         control_weight: how closely, above 0 to 2; None without `control`.
         style_image: the picture whose style an IP-Adapter follows (RGB), or None.
         style_weight: how closely, above 0 to 2; None without `style_image`.
+        long_prompt: read a prompt longer than the text encoder takes to its end, in pieces.
         true_guidance: guidance in two passes, on top of a `guidance` that is an input of the denoiser, or None.
     """
 
@@ -88,6 +89,7 @@ class Request:
     control_weight: float | None = None
     style_image: "Image | None" = None
     style_weight: float | None = None
+    long_prompt: bool = False
 
     @property
     def mode(self) -> str:
@@ -112,7 +114,7 @@ class Request:
 KEYWORDS: tuple[str, ...] = (
     *("seed", "num_images", "num_steps", "guidance", "negative_prompt", "width", "height", "scheduler"),
     *("image", "strength", "mask", "margins", "true_guidance", "noise"),
-    *("control", "control_weight", "style_image", "style_weight"),
+    *("control", "control_weight", "style_image", "style_weight", "long_prompt"),
 )
 PICTURES = ("image", "mask", "control", "style_image")
 # What other libraries call these.
@@ -189,6 +191,7 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         margins=margins,
         true_guidance=_guidance("true_guidance", values["true_guidance"]) if "true_guidance" in values else None,
         control_weight=_weight("control", values.get("control_weight"), control, family),
+        long_prompt=_truth("long_prompt", values.get("long_prompt", False)),
         style_weight=_weight("style", values.get("style_weight"), style, family),
     )
     if mask is not None and image is None:
@@ -239,6 +242,12 @@ def _prompt(value: object, image: object) -> str:
     if not text.strip() and image is None:  # a picture may go on without words
         raise RequestError("the prompt is empty: say what to draw, as in 'a red apple'")
     return text
+
+
+def _truth(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:

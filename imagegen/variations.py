@@ -35,6 +35,7 @@ class Settings(TypedDict, total=False):
     control_weight: float | None
     style_image: "Image | str | Path | None"
     style_weight: float | None
+    long_prompt: bool | None
     true_guidance: float | None
     noise: "torch.Tensor | None"
 

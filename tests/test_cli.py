@@ -296,3 +296,45 @@ def test_pictures_made_with_levers_say_so_and_replay(tmp_path):
     assert json.loads(shown.stdout)["plan"]["levers"][0]["did"] == "3 steps computed, 1 steps skipped"
     replayed = shell("replay", "7-a-red-apple.png")
     assert (replayed.returncode, replayed.stdout) == (0, "the same picture (identical)\n")
+
+
+def test_generate_grows_a_picture(loaded, capsys):
+    Image.new("RGB", (64, 64), "red").save("start.png")
+    arguments = ["a wall", "--image", "start.png", "--margins", "0,32,0,0", "--steps", "2", "--seed", "1"]
+    assert cli.run(["generate", *arguments]) == 0
+    made = Image.open("1-a-wall.png")
+    assert made.size == (96, 64)
+    assert made.crop((0, 0, 64, 64)).getcolors() == [(64 * 64, (255, 0, 0))]
+    assert cli.run(["replay", "1-a-wall.png", "--image", "start.png"]) == 0
+    capsys.readouterr()
+    assert cli.run(["generate", "a wall", "--image", "start.png", "--margins", "32"]) == 2
+    assert_one_line(capsys, "--margins must be LEFT,RIGHT,TOP,BOTTOM in pixels, as in 64,64,0,0, got '32'")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--control", "start.png"], "load one with model.add_control() first"),
+        (["--control-model", "nowhere"], "no ControlNet 'nowhere'"),
+        (["--style", "nowhere.safetensors"], "no IP-Adapter 'nowhere.safetensors'"),
+        (["--true-guidance", "3"], "takes no true_guidance"),
+    ],
+)
+def test_generate_says_what_a_model_cannot_follow(loaded, capsys, given, says):
+    Image.new("RGB", (64, 64), "red").save("start.png")
+    assert cli.run(["generate", "a wall", "--steps", "1", *given]) == 2
+    assert_one_line(capsys, says)
+
+
+def test_generate_with_another_family(folder_of):
+    done = shell(
+        "generate", "a cat", "--model", str(folder_of("flux")), "--size", "64x64", "--steps", "2", "--seed", "1", "--json"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["pictures"][0]["width"] == 64
+
+
+def test_models_show_a_folders_defaults(folder_of, capsys):
+    assert cli.run(["models", "show", str(folder_of("sdxl")), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["card"], shown["defaults"]["name"], shown["defaults"]["guidance"]) == (None, "stable-diffusion-xl", 5.0)

@@ -5,6 +5,7 @@ a published model draws.
 """
 
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -18,6 +19,7 @@ from imagegen.catalog import CARDS, FAMILIES, family_of
 from imagegen.families import latents
 from imagegen.families.diffusion import denoiser_of, family_of_class
 from imagegen.fidelity import max_difference
+from imagegen.licences import LICENCES, licence_of
 from imagegen.sampling import FLOW_MATCH_SCHEDULERS, SCHEDULERS
 
 # What a family's settings are called by its own pipeline.
@@ -257,6 +259,17 @@ def test_every_picture_of_the_auto_pipeline_has_a_family():
     assert without == {"HeliosPipeline", "HeliosPyramidPipeline"}  # of films
 
 
+def test_the_readme_names_every_family_that_is_tested():
+    table = (Path(__file__).parent.parent / "README.md").read_text().split("## Families")[1].split("\n## ")[0]
+    assert [name for name in {**DEEP, **SMOKE} if f"`{name}`" not in table] == []
+
+
+def test_cards_have_a_licence_that_is_known():
+    for card in CARDS.values():
+        assert card.licence in {*LICENCES, "unknown"}, card.name
+        assert card.licence == "unknown" or licence_of(card.name).name == card.licence, card.name
+
+
 def test_cards_name_a_family_and_what_differs():
     for card in CARDS.values():
         family = FAMILIES[card.family]
@@ -305,7 +318,7 @@ def test_loras_add_up_swap_and_leave_nothing(name, folder_of, tmp_path):
     assert_identical(model("a cat", **settings).images[0], stock("a cat", generator=seeded(1), **words).images[0])
 
 
-@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "ddpm"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_model_that_predicts_noise_takes_every_scheduler(scheduler, model_of, stock_of):
     mine = model_of("sd1.5")("a cat", seed=1, num_steps=4, guidance=2, scheduler=scheduler, **side("sd1.5")).images[0]
     stock = stock_of("sd1.5")

@@ -1,13 +1,15 @@
 """Commands about models and this machine: list, show, verify, doctor."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, embedded_folder
+from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, card_of, embedded_folder, family_of
 from imagegen.cli.shell import CheckFailed, JsonOption, app, print_json, print_section
+from imagegen.licences import licence_named
 from imagegen.request import ModelError
 
 models_app = typer.Typer(help="List the known models, show one, verify its files.", no_args_is_help=True)
@@ -19,6 +21,14 @@ def _model_folder(name: str) -> Path:
     if not folder.is_dir():
         raise ModelError(f"no model {name!r}: give {', '.join(CARDS)} or the folder of a diffusers model")
     return folder
+
+
+def _read_class(folder: Path) -> str:
+    """Return the pipeline class that a model folder names; empty where it names none."""
+    try:
+        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 @models_app.command("list")
@@ -48,17 +58,19 @@ def models_show(model: Annotated[str, typer.Argument(help="emoji or a folder.")]
     from imagegen.weights import hash_weights
 
     folder = _model_folder(model)
-    card = CARDS.get(model)
+    card = card_of(model)
     files: list[dict[str, Any]] = [
         {"file": name, "bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in hash_weights(folder).items()
     ]
-    defaults = vars(FAMILIES[card.family]) if card else {}
+    family = FAMILIES[card.family] if card else family_of(model, _read_class(folder))
+    defaults = vars(family) | (card.changes if card else {}) if family else {}
     if as_json:
         shown = vars(card) if card else None
         print_json({"name": model, "folder": str(folder), "card": shown, "defaults": defaults, "files": files})
         return
     print(f"{model}: {folder}")
-    for title, values in (("card", vars(card) if card else {}), ("defaults", defaults)):
+    about = vars(card) | {"training on its outputs": licence_named(card.licence).kind} if card else {}
+    for title, values in (("card", about), ("defaults", defaults)):
         if values:
             print_section(title, values)
     for file in files:

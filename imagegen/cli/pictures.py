@@ -11,12 +11,18 @@ import typer
 from imagegen.catalog import EMBEDDED
 from imagegen.cli.shell import (
     CheckFailed,
+    ControlModelOption,
+    ControlOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     LoraOption,
     ModelOption,
     PlanOption,
+    StyleEncoderOption,
+    StyleImageOption,
+    StyleOption,
+    add_guides,
     add_loras,
     app,
     check_writable,
@@ -41,6 +47,14 @@ def _parse_size(size: str | None) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2])
 
 
+def _parse_margins(margins: str | None) -> tuple[int, ...] | None:
+    if margins is None:
+        return None
+    if re.fullmatch(r"\d{1,5}(,\d{1,5}){3}", margins.replace(" ", "")) is None:
+        raise RequestError(f"--margins must be LEFT,RIGHT,TOP,BOTTOM in pixels, as in 64,64,0,0, got {margins!r}")
+    return tuple(int(side) for side in margins.split(","))
+
+
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="What to draw; several prompts make several pictures.")],
@@ -54,6 +68,13 @@ def generate(
     image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much of --image is repainted, above 0 to 1.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Repaint only where this picture is white.")] = None,
+    margins: Annotated[str | None, typer.Option(help="LEFT,RIGHT,TOP,BOTTOM: pixels by which --image grows.")] = None,
+    control: ControlOption = None,
+    control_model: ControlModelOption = None,
+    style_image: StyleImageOption = None,
+    style: StyleOption = None,
+    style_encoder: StyleEncoderOption = None,
+    true_guidance: Annotated[float | None, typer.Option(help="In two passes, where guidance is an input of the model.")] = None,
     lora: LoraOption = None,
     out: Annotated[Path, typer.Option(help="Where to write the pictures.")] = Path(),
     model: ModelOption = EMBEDDED,
@@ -70,12 +91,14 @@ def generate(
     --json: {"pictures": [{"file", "prompt", "seed", "width", "height", "pixels_sha256"}], "elapsed_s", "model", "plan"}
     """
     width, height = _parse_size(size)
+    grown = _parse_margins(margins)
     check_writable(out)
     with warnings_as_lines():
         quick = plan == "exact" and memory_gib is None and not lora
         with imports_for_one_picture() if quick else contextlib.nullcontext():
             loaded = load_model(model, device, dtype, plan, memory_gib)
         add_loras(loaded, lora)
+        add_guides(loaded, control_model, style, style_encoder)
         written, elapsed_s = [], 0.0
         for prompt in prompts:
             result = _follow(
@@ -92,6 +115,10 @@ def generate(
                 image=image,
                 strength=strength,
                 mask=mask,
+                margins=grown,
+                control=control,
+                style_image=style_image,
+                true_guidance=true_guidance,
             )
             elapsed_s += result.elapsed_s
             for path, picture in zip(result.save(out), result.pictures, strict=True):
@@ -124,6 +151,11 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG made by imagegen.")],
     image: Annotated[Path | None, typer.Option(help="The picture it was made from, for image-to-image.")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask it was made with, for inpainting.")] = None,
+    control: ControlOption = None,
+    control_model: ControlModelOption = None,
+    style_image: StyleImageOption = None,
+    style: StyleOption = None,
+    style_encoder: StyleEncoderOption = None,
     lora: LoraOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -141,9 +173,10 @@ def replay(
         with contextlib.nullcontext() if receipt.plan.get("levers") or lora else imports_for_one_picture():
             loaded = load_model(receipt.model["source"], device, receipt.environment.get("dtype"), "exact")
         add_loras(loaded, lora)
+        add_guides(loaded, control_model, style, style_encoder)
         from imagegen.reference import replay as replay_picture
 
-        verdict = replay_picture(picture, image=image, mask=mask, model=loaded)
+        verdict = replay_picture(picture, image=image, mask=mask, control=control, style_image=style_image, model=loaded)
     if as_json:
         figures = ("same", "psnr_db", "max_difference", "reasons")
         print_json({name: getattr(verdict, name) for name in figures})

@@ -34,6 +34,11 @@ PlanOption = Annotated[
     str, typer.Option("--plan", help="exact, balanced, fast, a profile.json of imagegen tune, or levers joined by +.")
 ]
 PlansOption = Annotated[list[str], typer.Option("--plan", help="As for generate; give it again for another plan.")]
+ControlOption = Annotated[Path | None, typer.Option("--control", help="Follow the structure of this picture.")]
+ControlModelOption = Annotated[Path | None, typer.Option("--control-model", help="Folder of the ControlNet that does.")]
+StyleImageOption = Annotated[Path | None, typer.Option("--style-image", help="Follow the style of this picture.")]
+StyleOption = Annotated[Path | None, typer.Option("--style", help="The IP-Adapter that does, a .safetensors file.")]
+StyleEncoderOption = Annotated[Path | None, typer.Option("--style-encoder", help="Folder of its CLIP vision model.")]
 LoraOption = Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:WEIGHT, a LoRA to add; again for another.")]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="Denoising steps; default: the model's own.")]
 GuidanceOption = Annotated[float | None, typer.Option("--guidance", help="1 is off; default: the model's own.")]
@@ -60,6 +65,18 @@ def add_loras(model: "Model", given: list[str] | None) -> None:
         except ValueError:
             raise RequestError(f"--lora must be FILE or FILE:WEIGHT, got {text!r}") from None
         model.add_lora(path, weight=strength)
+
+
+def add_guides(model: "Model", control: Path | None, style: Path | None, encoder: Path | None) -> None:
+    """Add the ControlNet of `--control-model` and the IP-Adapter of `--style`.
+
+    Raises:
+        ModelError: a file is none, or is for another family.
+    """
+    if control is not None:
+        model.add_control(control)
+    if style is not None:
+        model.add_style(style, image_encoder=encoder)
 
 
 def print_json(data: object) -> None:

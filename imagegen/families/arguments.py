@@ -8,6 +8,7 @@ import torch
 from imagegen.canvas import grow
 from imagegen.catalog import AN_INPUT, TWO_PASSES, Family
 from imagegen.families import latents
+from imagegen.families.weighting import encode
 from imagegen.request import Request, RequestError
 from imagegen.sampling import make_generators
 
@@ -48,6 +49,10 @@ def translate(runner: Any, request: Request, family: Family, noise: torch.Tensor
     if "num_images_per_prompt" in known and request.mode == "editing":  # a list of pictures means several to edit as one
         settings |= {"prompt": request.prompt, "num_images_per_prompt": count}
         settings |= {"negative_prompt": request.negative_prompt} if "negative_prompt" in settings else {}
+    encoded = encode(runner, family, request, is_guided(request, family))
+    if encoded:
+        settings.pop("negative_prompt", None)
+        settings = encoded | {name: value for name, value in settings.items() if name != "prompt"}
     return settings
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from imagegen.catalog import FAMILIES, PAINTING, TWO_PASSES, Family, fit_family
+from imagegen.catalog import FAMILIES, TWO_PASSES, Family, fit_family
 from imagegen.families.arguments import call_of, translate
 from imagegen.families.latents import decode_preview, noise_factor
 from imagegen.families.run import OnStep, Run, StepState, in_lock_step, watched
@@ -141,32 +141,37 @@ def describe(pipeline: Any, family: Family) -> Family:
     side = config.get("sample_size")
     if isinstance(side, int) and family.sized_by_config:
         family = replace(family, size_px=side * noise_factor(pipeline))
-    known = call_of(pipeline)
-    modes = [mode for mode in family.modes if mode not in PAINTING or mode == "text-to-image" or _class_for(pipeline, mode)]
-    negative = family.negative and "negative_prompt" in known
+    import diffusers
+
+    classes = {*dir(diffusers), type(pipeline).__name__}  # by name: to import those of every mode takes a second
+    modes = [mode for mode in family.modes if _class_name(pipeline, mode) in classes]
+    negative = family.negative and "negative_prompt" in call_of(pipeline)
     return replace(family, modes=tuple(modes), negative=negative, size_px=min(family.size_px, family.max_px))
 
 
 def control_class(pipeline: Any, mode: str) -> type | None:
     """Return the class of the pipeline with a ControlNet for a mode; None where diffusers has none."""
-    import diffusers
-
-    stem = type(pipeline).__name__.removesuffix("Pipeline") + "ControlNet"
     known = {"text-to-image": ["Pipeline"], "image-to-image": ["Img2ImgPipeline"]}
-    wanted = known.get(mode, ["InpaintPipeline", "InpaintingPipeline"])
-    return next((getattr(diffusers, stem + suffix) for suffix in wanted if hasattr(diffusers, stem + suffix)), None)
+    stem = type(pipeline).__name__.removesuffix("Pipeline") + "ControlNet"
+    return _first_class([stem + suffix for suffix in known.get(mode, ["InpaintPipeline", "InpaintingPipeline"])])
 
 
-def _class_for(pipeline: Any, mode: str) -> type | None:
-    """Return the class of the pipeline for a mode: diffusers names them alike; None where there is none."""
-    import diffusers
-
+def _class_name(pipeline: Any, mode: str) -> str:
+    """Return what the class of the pipeline for a mode would be called: diffusers names them alike."""
     kind = type(pipeline)
     needs = {"image-to-image": "strength", "inpainting": "mask_image", "outpainting": "mask_image", "editing": "image"}
     if mode == "text-to-image" or needs[mode] in inspect.signature(kind.__call__).parameters:
-        return kind
+        return kind.__name__
     suffix = {"image-to-image": "Img2ImgPipeline", "editing": "Pipeline"}.get(mode, "InpaintPipeline")
-    return getattr(diffusers, kind.__name__.removesuffix("Pipeline") + suffix, None)
+    return kind.__name__.removesuffix("Pipeline") + suffix
+
+
+def _first_class(names: list[str]) -> type | None:
+    """Return diffusers' first class of those names that exists; only that one is imported."""
+    import diffusers
+
+    known = set(dir(diffusers))
+    return next((getattr(diffusers, name) for name in names if name in known), None)
 
 
 def with_class(kind: type, pipeline: Any, **more: Any) -> Any:
@@ -216,9 +221,12 @@ def _for_mode(pipeline: Any, request: Request, control: Any) -> Any:
         if kind is None:
             raise RequestError(f"diffusers has no {request.mode} with a ControlNet for this model: leave control or image out")
         return with_class(kind, pipeline, controlnet=control)
-    kind = _class_for(pipeline, request.mode)
+    name = _class_name(pipeline, request.mode)
+    if name == type(pipeline).__name__:
+        return copy.copy(pipeline)
+    kind = _first_class([name])
     assert kind is not None  # else the request was refused
-    return copy.copy(pipeline) if kind is type(pipeline) else with_class(kind, pipeline)
+    return with_class(kind, pipeline)
 
 
 def stock_runner(
