@@ -38,7 +38,7 @@ def test_what_the_wheel_carries(wheel):
     for part in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "model_index.json"):
         assert part in inside
     assert {"LICENSE-MiniLM", "README.md", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"} <= inside
-    assert not [name for name in names if "recipe" in name or "samples" in name or name.startswith("tests")]
+    assert not [name for name in names if "emoji/recipe" in name or "samples" in name or name.startswith("tests")]
     assert "references/reference.json" in inside
     assert {"imagegen/receipt.schema.json", "imagegen/report.html", "imagegen/prompts.json"} <= set(names)
     assert wheel.name.startswith("imagegen_diffusion-")

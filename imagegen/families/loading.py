@@ -40,7 +40,8 @@ def load_pipeline(source: Source, device: torch.device, dtype: torch.dtype | Non
     folder = source.diffusers_folder
     index = read_index(folder)
     kinds = classes_of(folder, index)
-    kind = getattr(diffusers, index["_class_name"], None)
+    with quiet():
+        kind = getattr(diffusers, index["_class_name"], None)
     if kind is None:
         raise ModelError(f"{source.name!r} is a {index['_class_name']}, which this diffusers has not: update it")
     loaded: dict[str, Any] = {}
