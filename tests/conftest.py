@@ -5,6 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barriers take 6x as long beside another process
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each process that tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -319,7 +319,7 @@ def test_averages_are_what_is_rendered_and_kept(model, folder, trained, tmp_path
     for name, ema in (("plain", 0.0), ("averaged", 0.75)):
         imagegen.finetune(model, folder, tmp_path / name, **SETTINGS | {"num_steps": 1, "ema": ema})
         kept[name] = load_file(tmp_path / name / adapters.FILE)
-    ups = [name for name in kept["plain"] if ".up." in name]  # they begin at zero
+    ups = [name for name in kept["plain"] if ".lora_B." in name]  # they begin at zero
     assert ups and all(torch.allclose(kept["averaged"][name], 0.25 * kept["plain"][name], atol=1e-9) for name in ups)
 
 
