@@ -7,7 +7,7 @@ Knows nothing of what the files are for.
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ def parse_id(name: str) -> tuple[str, str | None] | None:
     return found[1], found[2]
 
 
-def fetch(repo: str, revision: str | None, variant: str | None, local_files_only: bool) -> tuple[Path, str]:
+def fetch(
+    repo: str, revision: str | None, variant: str | None, local_files_only: bool, without: Collection[str] = ()
+) -> tuple[Path, str]:
     """Return the folder of a repository in the hub's cache, with all that a model needs, and its commit.
 
     Args:
@@ -35,6 +37,7 @@ def fetch(repo: str, revision: str | None, variant: str | None, local_files_only
         revision: branch, tag or commit; by default the main branch.
         variant: of the weights, as in `fp16`.
         local_files_only: ask the cache alone.
+        without: components whose weights are not wanted.
 
     Raises:
         ModelError: there is no such repository or revision, it is not in the cache and the hub may not or cannot be
@@ -50,7 +53,7 @@ def fetch(repo: str, revision: str | None, variant: str | None, local_files_only
     where = f"{repo!r} at revision {revision!r}" if revision else repr(repo)
     offline = local_files_only or constants.is_offline_mode()
     try:
-        wanted = None if offline else _list_wanted(repo, revision, variant)
+        wanted = None if offline else _list_wanted(repo, revision, variant, without)
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=offline))
     except GatedRepoError:
         raise ModelError(f"{where} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then `hf auth login`") from None
@@ -71,7 +74,7 @@ def fetch(repo: str, revision: str | None, variant: str | None, local_files_only
     return folder, folder.name
 
 
-def _list_wanted(repo: str, revision: str | None, variant: str | None) -> list[str] | None:
+def _list_wanted(repo: str, revision: str | None, variant: str | None, without: Collection[str]) -> list[str] | None:
     """Return the names of a repository's files that are wanted; None where the hub does not answer, but the cache may."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -90,10 +93,12 @@ def _list_wanted(repo: str, revision: str | None, variant: str | None) -> list[s
             index = json.loads(Path(read).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelError(f"the model_index.json of {repo!r} cannot be read: {error}") from None
-    return choose_files(repo, names, index, variant)
+    return choose_files(repo, names, index, variant, without)
 
 
-def choose_files(repo: str, names: Iterable[str], index: dict[str, Any] | None, variant: str | None) -> list[str]:
+def choose_files(
+    repo: str, names: Iterable[str], index: dict[str, Any] | None, variant: str | None, without: Collection[str] = ()
+) -> list[str]:
     """Return which of a repository's files make the model: configurations, tokenizers and one set of safetensors.
 
     Args:
@@ -101,6 +106,7 @@ def choose_files(repo: str, names: Iterable[str], index: dict[str, Any] | None, 
         names: of all its files.
         index: its `model_index.json`; None where it has none, and its top is taken as one component.
         variant: of the weights, where a component has it.
+        without: components whose weights are not wanted.
 
     Raises:
         ModelError: it holds no safetensors, or nothing of that variant.
@@ -112,8 +118,8 @@ def choose_files(repo: str, names: Iterable[str], index: dict[str, Any] | None, 
     for folder in folders:
         inside = [name for name in names if name.rpartition("/")[0] == folder]
         chosen += [name for name in inside if name.endswith(SMALL) and ".index." not in name]
-        if folder == "" and index is not None:
-            continue  # whole models in one file lie there, beside the folders
+        if folder in without or (folder == "" and index is not None):
+            continue  # at the top, whole models in one file lie beside the folders
         weights = [name for name in inside if name.endswith(".safetensors")]
         wanted = [name for name in weights if variant and _variant_of(name) == variant]
         of_variant |= bool(wanted)

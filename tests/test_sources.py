@@ -90,6 +90,15 @@ def test_download_takes_what_the_model_needs(online, cache, folder_of, tmp_path)
     assert len(online) == asked
 
 
+def test_a_base_on_the_hub_comes_without_its_denoiser(online, folder_of, model_of):
+    file = folder_of("sd1.5") / "unet/diffusion_pytorch_model.safetensors"
+    model = imagegen.load(file, base=REPO)
+    assert_same_weights(model.pipeline, model_of("sd1.5").pipeline)
+    assert draw(model).pictures[0].receipt.model["base"] == f"{REPO}@{COMMIT}"
+    fetched = {path for path in online if path.endswith(".safetensors")}
+    assert {path.split("/")[-2] for path in fetched} == {"vae", "text_encoder"}
+
+
 def test_what_the_hub_says_no_to(online):
     with pytest.raises(imagegen.ModelError, match="the hub has no 'someone/else', or it is private"):
         find_source("someone/else")
