@@ -52,9 +52,10 @@ def fetch(
         raise ModelError(f"revision must be a branch, a tag or a commit, got {revision!r}")
     where = f"{repo!r} at revision {revision!r}" if revision else repr(repo)
     offline = local_files_only or constants.is_offline_mode()
+    wanted, unreachable = None, None
     try:
-        wanted = None if offline else _list_wanted(repo, revision, variant, without)
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=offline))
+        if not offline:
+            wanted = _list_wanted(repo, revision, variant, without)
     except GatedRepoError:
         raise ModelError(f"{where} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then `hf auth login`") from None
     except RepositoryNotFoundError:
@@ -63,28 +64,33 @@ def fetch(
         raise ModelError(f"{repo!r} has no revision {revision!r}: leave it out for the main branch") from None
     except ModelError:
         raise
-    except Exception as error:  # whatever the HTTP library of the day raises
-        if offline:
-            why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE=1"
-            raise ModelError(
-                f"{where} is not in the cache of the hub ({constants.HF_HUB_CACHE}), and {why} forbids to download it"
-            ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{where} cannot be had from {constants.ENDPOINT}: {reason}") from None
+    except Exception as error:  # whatever the HTTP library of the day raises: the cache may have it
+        unreachable = " ".join(str(error).split())[:200]
+    try:
+        in_cache = offline or unreachable is not None
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=in_cache))
+    except Exception as error:
+        partial = getattr(error, "snapshot_path", None)  # it lacks files that nobody wanted, or some: loading tells
+        if partial is None:
+            raise ModelError(_not_here(where, local_files_only, offline, unreachable or str(error))) from None
+        folder = Path(partial)
     return folder, folder.name
 
 
-def _list_wanted(repo: str, revision: str | None, variant: str | None, without: Collection[str]) -> list[str] | None:
-    """Return the names of a repository's files that are wanted; None where the hub does not answer, but the cache may."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+def _not_here(where: str, local_files_only: bool, offline: bool, reason: str) -> str:
+    from huggingface_hub import constants
 
-    try:
-        info = HfApi().model_info(repo, revision=revision)
-    except HfHubHTTPError:
-        raise
-    except Exception:  # no connection: the cache may have it, and if not, the download says why
-        return None
+    if offline:
+        why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE=1"
+        return f"{where} is not in the cache of the hub ({constants.HF_HUB_CACHE}), and {why} forbids to download it"
+    return f"{where} cannot be had from {constants.ENDPOINT}: {reason[:200]}"
+
+
+def _list_wanted(repo: str, revision: str | None, variant: str | None, without: Collection[str]) -> list[str]:
+    """Return the names of a repository's files that are wanted."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    info = HfApi().model_info(repo, revision=revision)
     names = [file.rfilename for file in info.siblings or ()]
     index = None
     if "model_index.json" in names:

@@ -219,7 +219,10 @@ def _read_gguf(path: Path) -> Contents:
     except Exception as error:  # whatever the reader meets in damaged bytes
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{str(path)!r} is no GGUF file that can be read ({reason}): {AGAIN}") from None
-    return identify(names)
+    contents = identify(names)
+    if contents.kind == WHOLE:
+        raise ModelError(f"{str(path)!r} is {contents.what}: of GGUF, files of a transformer or UNet alone are read")
+    return contents
 
 
 def _find_vae(vae: str | Path, local_files_only: bool) -> Source:
