@@ -12,6 +12,7 @@ from imagegen.weights import TensorFacts
 WHOLE = "whole"  # a whole model in one file
 DENOISER = "denoiser"  # its UNet or transformer alone
 OTHER = "other"  # no model
+OTHERWISE = ("edm_mean", "v_pred")  # tensors that mark a scheduler other than the layout's, as of Playground 2.5
 UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
 
 # Prefixes of the parts of a whole model, as the official files of each layout name them.
@@ -159,6 +160,8 @@ def _layout(names: Names) -> tuple[str, str] | None:
     found = next(((what, layout) for test, what, layout in DENOISERS if test(names)), None)
     if found is None:
         return None
+    if any(name in names for name in OTHERWISE):
+        return found[0], "otherwise"
     for prefix, layout_of in (
         ("conditioner.embedders.1.", "sdxl"),
         ("conditioner.embedders.0.model.", "sdxl-refiner"),
@@ -175,6 +178,7 @@ def _title(found: tuple[str, str], names: Names) -> str:
     titles = {
         "sd1": "a Stable Diffusion 1 model", "sd2": "a Stable Diffusion 2 model", "sdxl": "a Stable Diffusion XL model",
         "sdxl-refiner": "a Stable Diffusion XL refiner", "sd3": "a Stable Diffusion 3 model", "flux": "a FLUX.1 model",
+        "otherwise": "a model with a scheduler of its own",
     }  # fmt: skip
     title = titles.get(found[1], f"a model with {found[0]}")
     channels = names[UNET_INPUT].shape[1] if UNET_INPUT in names else 4

@@ -7,7 +7,7 @@ Knows nothing of what the files are for.
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ def parse_id(name: str) -> tuple[str, str | None] | None:
     return found[1], found[2]
 
 
-def fetch(repo: str, revision: str | None, variant: str | None, local_files_only: bool) -> tuple[Path, str]:
+def fetch(
+    repo: str, revision: str | None, variant: str | None, local_files_only: bool, without: Collection[str] = ()
+) -> tuple[Path, str]:
     """Return the folder of a repository in the hub's cache, with all that a model needs, and its commit.
 
     Args:
@@ -35,6 +37,7 @@ def fetch(repo: str, revision: str | None, variant: str | None, local_files_only
         revision: branch, tag or commit; by default the main branch.
         variant: of the weights, as in `fp16`.
         local_files_only: ask the cache alone.
+        without: components whose weights are not wanted.
 
     Raises:
         ModelError: there is no such repository or revision, it is not in the cache and the hub may not or cannot be
@@ -49,9 +52,10 @@ def fetch(repo: str, revision: str | None, variant: str | None, local_files_only
         raise ModelError(f"revision must be a branch, a tag or a commit, got {revision!r}")
     where = f"{repo!r} at revision {revision!r}" if revision else repr(repo)
     offline = local_files_only or constants.is_offline_mode()
+    wanted, unreachable = None, None
     try:
-        wanted = None if offline else _list_wanted(repo, revision, variant)
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=offline))
+        if not offline:
+            wanted = _list_wanted(repo, revision, variant, without)
     except GatedRepoError:
         raise ModelError(f"{where} is gated: accept its terms at {constants.ENDPOINT}/{repo}, then `hf auth login`") from None
     except RepositoryNotFoundError:
@@ -60,28 +64,33 @@ def fetch(repo: str, revision: str | None, variant: str | None, local_files_only
         raise ModelError(f"{repo!r} has no revision {revision!r}: leave it out for the main branch") from None
     except ModelError:
         raise
-    except Exception as error:  # whatever the HTTP library of the day raises
-        if offline:
-            why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE=1"
-            raise ModelError(
-                f"{where} is not in the cache of the hub ({constants.HF_HUB_CACHE}), and {why} forbids to download it"
-            ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"{where} cannot be had from {constants.ENDPOINT}: {reason}") from None
+    except Exception as error:  # whatever the HTTP library of the day raises: the cache may have it
+        unreachable = " ".join(str(error).split())[:200]
+    try:
+        in_cache = offline or unreachable is not None
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=in_cache))
+    except Exception as error:
+        partial = getattr(error, "snapshot_path", None)  # it lacks files that nobody wanted, or some: loading tells
+        if partial is None:
+            raise ModelError(_not_here(where, local_files_only, offline, unreachable or str(error))) from None
+        folder = Path(partial)
     return folder, folder.name
 
 
-def _list_wanted(repo: str, revision: str | None, variant: str | None) -> list[str] | None:
-    """Return the names of a repository's files that are wanted; None where the hub does not answer, but the cache may."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+def _not_here(where: str, local_files_only: bool, offline: bool, reason: str) -> str:
+    from huggingface_hub import constants
 
-    try:
-        info = HfApi().model_info(repo, revision=revision)
-    except HfHubHTTPError:
-        raise
-    except Exception:  # no connection: the cache may have it, and if not, the download says why
-        return None
+    if offline:
+        why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE=1"
+        return f"{where} is not in the cache of the hub ({constants.HF_HUB_CACHE}), and {why} forbids to download it"
+    return f"{where} cannot be had from {constants.ENDPOINT}: {reason[:200]}"
+
+
+def _list_wanted(repo: str, revision: str | None, variant: str | None, without: Collection[str]) -> list[str]:
+    """Return the names of a repository's files that are wanted."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    info = HfApi().model_info(repo, revision=revision)
     names = [file.rfilename for file in info.siblings or ()]
     index = None
     if "model_index.json" in names:
@@ -90,10 +99,12 @@ def _list_wanted(repo: str, revision: str | None, variant: str | None) -> list[s
             index = json.loads(Path(read).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelError(f"the model_index.json of {repo!r} cannot be read: {error}") from None
-    return choose_files(repo, names, index, variant)
+    return choose_files(repo, names, index, variant, without)
 
 
-def choose_files(repo: str, names: Iterable[str], index: dict[str, Any] | None, variant: str | None) -> list[str]:
+def choose_files(
+    repo: str, names: Iterable[str], index: dict[str, Any] | None, variant: str | None, without: Collection[str] = ()
+) -> list[str]:
     """Return which of a repository's files make the model: configurations, tokenizers and one set of safetensors.
 
     Args:
@@ -101,6 +112,7 @@ def choose_files(repo: str, names: Iterable[str], index: dict[str, Any] | None, 
         names: of all its files.
         index: its `model_index.json`; None where it has none, and its top is taken as one component.
         variant: of the weights, where a component has it.
+        without: components whose weights are not wanted.
 
     Raises:
         ModelError: it holds no safetensors, or nothing of that variant.
@@ -112,8 +124,8 @@ def choose_files(repo: str, names: Iterable[str], index: dict[str, Any] | None, 
     for folder in folders:
         inside = [name for name in names if name.rpartition("/")[0] == folder]
         chosen += [name for name in inside if name.endswith(SMALL) and ".index." not in name]
-        if folder == "" and index is not None:
-            continue  # whole models in one file lie there, beside the folders
+        if folder in without or (folder == "" and index is not None):
+            continue  # at the top, whole models in one file lie beside the folders
         weights = [name for name in inside if name.endswith(".safetensors")]
         wanted = [name for name in weights if variant and _variant_of(name) == variant]
         of_variant |= bool(wanted)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from imagegen.families.components import DTYPES, classes_of, has_weights, reading
+from imagegen.families import janus
+from imagegen.families.components import DTYPES, classes_of, has_weights, reading, stored_in
 from imagegen.families.libraries import quiet
 from imagegen.families.loading import load_pipeline
 from imagegen.request import ModelError
@@ -45,14 +46,20 @@ class Inspection:
         self.files.setdefault(name, []).extend(faults)
 
 
-def inspect(source: Source) -> Inspection:
+def inspect(source: Source, of_janus: janus.Folder | None = None) -> Inspection:
     """Check a source's files; nothing of it is kept in memory.
+
+    Args:
+        source: found.
+        of_janus: of a Janus model, its folder.
 
     Raises:
         ModelError: it is no model at all.
     """
     found = Inspection()
-    if source.contents is None:
+    if of_janus is not None:
+        _inspect_janus(source, of_janus, found)
+    elif source.contents is None:
         _inspect_folder(source, found)
     else:
         _inspect_file(source, found)
@@ -86,6 +93,23 @@ def _inspect_folder(source: Source, found: Inspection) -> None:
             found.add(f"{name}/{files[0].name}", *faults)
     if not recorded:
         found.notes.append(f"no hashes are recorded: neither by the hub's cache nor in {SUMS}")
+
+
+def _inspect_janus(source: Source, folder: janus.Folder, found: Inspection) -> None:
+    files = folder.weights()
+    sums = read_sums(folder.folder)
+    for file in files:
+        fault = file_fault(file) if file.suffix == ".safetensors" else None
+        found.add(file.name, *([fault] if fault else []), *_check_hash(file, recorded_hash(file) or sums.get(file.name)))
+    if any(file.suffix != ".safetensors" for file in files):
+        found.notes.append("weights in PyTorch's format are compared with the configuration when they are loaded")
+    elif found.ok:
+        try:
+            vae = source.vae.path if source.vae is not None else None
+            with quiet():
+                janus.load(folder, vae, torch.device("cpu"), stored_in(files[0]))  # they stay in the file
+        except ModelError as error:
+            found.add("config.json", str(error))
 
 
 def _inspect_file(source: Source, found: Inspection) -> None:

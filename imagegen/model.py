@@ -424,7 +424,7 @@ def load(
     if memory_gib is not None and not (isinstance(memory_gib, (int, float)) and memory_gib > 0):
         raise ModelError(f"memory_gib must be above 0, got {memory_gib!r}")
     where = {"revision": revision, "variant": variant, "base": base, "vae": vae, "local_files_only": local_files_only}
-    found, of_janus = _find(source, where)
+    found, of_janus = find_model(source, where)
     if of_janus is not None:
         model = _load_janus(found, of_janus, chosen_device, dtype, memory_gib)
         if plan != "exact":
@@ -439,8 +439,16 @@ def load(
     return model
 
 
-def _find(source: str | Path, where: dict[str, Any]) -> tuple[Source, janus.Folder | None]:
-    """Find a model; a file of a Janus model stands for its folder, where its configuration lies."""
+def find_model(source: str | Path, where: dict[str, Any]) -> tuple[Source, janus.Folder | None]:
+    """Find a model without loading it; a file of a Janus model stands for its folder, where its configuration lies.
+
+    Args:
+        source: as for `load`.
+        where: what `find_source` takes besides.
+
+    Raises:
+        ModelError: it is not there, or is no model.
+    """
     beside = janus.find(Path(source))
     if beside is not None:
         return replace(find_source(beside.folder, **where), name=str(source)), beside

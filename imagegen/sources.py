@@ -149,14 +149,21 @@ def _not_there(name: str) -> str:
 def _find_file(name: str, path: Path, base: str | Path | None, vae: Source | None, local_files_only: bool) -> Source:
     """Find a model in one file, and the base that has the rest."""
     contents = read_contents(path)
-    if base is not None and Path(base).is_file():
-        raise ModelError(f"base={str(base)!r} is one file: give a folder in diffusers' layout, or a hub id")
-    given = None if base is None else find_source(base, local_files_only=local_files_only)
     if contents.kind not in (WHOLE, DENOISER):
         raise ModelError(f"{name!r} is {contents.what}, not a model: {contents.use}")
-    if given is None:
-        given = _built_in(name, path, contents)
+    given = _built_in(name, path, contents) if base is None else _find_base(base, local_files_only)
     return Source(name, path, contents=contents, base=given, vae=vae)
+
+
+def _find_base(base: str | Path, local_files_only: bool) -> Source:
+    """Find the model that has what one file lacks; of one on the hub, the denoiser's weights are not fetched."""
+    if Path(base).is_file():
+        raise ModelError(f"base={str(base)!r} is one file: give a folder in diffusers' layout, or a hub id")
+    found = hub.parse_id(base) if isinstance(base, str) and not Path(base).exists() else None
+    if found is None:
+        return find_source(base)
+    folder, commit = hub.fetch(*found, None, local_files_only, without=("unet", "transformer"))
+    return Source(found[0], folder, commit)
 
 
 def _built_in(name: str, path: Path, contents: Contents) -> Source:
@@ -212,7 +219,10 @@ def _read_gguf(path: Path) -> Contents:
     except Exception as error:  # whatever the reader meets in damaged bytes
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{str(path)!r} is no GGUF file that can be read ({reason}): {AGAIN}") from None
-    return identify(names)
+    contents = identify(names)
+    if contents.kind == WHOLE:
+        raise ModelError(f"{str(path)!r} is {contents.what}: of GGUF, files of a transformer or UNet alone are read")
+    return contents
 
 
 def _find_vae(vae: str | Path, local_files_only: bool) -> Source:

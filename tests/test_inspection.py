@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import layouts
 import pytest
@@ -11,9 +12,11 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from imagegen.inspection import inspect
+from imagegen.model import find_model
 from imagegen.sources import find_source
 from imagegen.weights import hash_weights
 
+FIXTURES = Path(__file__).parent / "fixtures"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 
@@ -126,6 +129,19 @@ def test_one_file(tmp_path):
     change(file, lambda tensors: tensors.pop("model.diffusion_model.out.2.bias"))
     (wrong,) = faults(file, base=folder)["sd1.safetensors"]
     assert "lacks tensors that its configuration, or its base's, names" in wrong
+
+
+@pytest.mark.parametrize("name", ["janusflow-tiny", "janus-pro-tiny/safetensors"])
+def test_janus(tmp_path, name):
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "model")
+    file = folder / "model.safetensors"
+    assert inspect(*find_model(folder, {})).ok
+    (name,) = (name for name in load_file(file) if name.endswith("language_model.model.embed_tokens.weight"))
+    change(file, lambda tensors: tensors.pop(name))
+    assert list(inspect(*find_model(file, {})).files["config.json"])
+    flip_a_bit(file)
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
+    assert "is recorded: damaged" in inspect(*find_model(folder, {})).files["model.safetensors"][0]
 
 
 def test_nothing_is_built_in_memory(folder, monkeypatch):

@@ -41,6 +41,8 @@ def test_what_the_wheel_carries(wheel):
     assert not [name for name in names if "emoji/recipe" in name or "samples" in name or name.startswith("tests")]
     assert "references/reference.json" in inside
     assert {"imagegen/receipt.schema.json", "imagegen/report.html", "imagegen/prompts.json"} <= set(names)
+    bases = {name.removeprefix("imagegen/bases/") for name in names if name.startswith("imagegen/bases/")}
+    assert {"sdxl/unet/config.json", "clip-merges.txt.gz", "LICENSE-CLIP"} <= bases
     assert wheel.name.startswith("imagegen_diffusion-")
     assert wheel.stat().st_size < 100e6
 

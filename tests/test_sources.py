@@ -47,9 +47,12 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def online(cache, monkeypatch, folder_of):
+def online(cache, monkeypatch, folder_of, tmp_path):
     """A hub with one repository, `REPO`, on this machine; the addresses that were asked for."""
-    with serve(REPO, folder_of("sd1.5")) as (address, asked):
+    folder = shutil.copytree(folder_of("sd1.5"), tmp_path / "repository")
+    for name in ("README.md", "whole.ckpt", "whole.safetensors", "unet/diffusion_pytorch_model.bin", "unet/code.py"):
+        (folder / name).write_text("not wanted")
+    with serve(REPO, folder) as (address, asked):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
@@ -86,8 +89,20 @@ def test_download_takes_what_the_model_needs(online, cache, folder_of, tmp_path)
         imagegen.load(REPO, dtype="float32").pipeline, imagegen.load(folder_of("sd1.5"), dtype="float32").pipeline
     )
     asked = len(online)
-    assert find_source(REPO, local_files_only=True).path == found.path
+    assert imagegen.load(REPO, local_files_only=True).origin.path == found.path
     assert len(online) == asked
+    assert not {"README.md", "whole.ckpt", "whole.safetensors", "diffusion_pytorch_model.bin", "code.py"} & {
+        path.name for path in found.path.rglob("*")
+    }
+
+
+def test_a_base_on_the_hub_comes_without_its_denoiser(online, folder_of, model_of):
+    file = folder_of("sd1.5") / "unet/diffusion_pytorch_model.safetensors"
+    model = imagegen.load(file, base=REPO)
+    assert_same_weights(model.pipeline, model_of("sd1.5").pipeline)
+    assert draw(model).pictures[0].receipt.model["base"] == f"{REPO}@{COMMIT}"
+    fetched = {path for path in online if path.endswith(".safetensors")}
+    assert {path.split("/")[-2] for path in fetched} == {"vae", "text_encoder"}
 
 
 def test_what_the_hub_says_no_to(online):

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, card_of, embedded_folder, family_of
+from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, Family, card_of, embedded_folder, family_of
 from imagegen.cli.shell import CheckFailed, JsonOption, app, print_json, print_section, takes_source
 from imagegen.licences import licence_named
 from imagegen.request import ModelError
@@ -41,12 +41,19 @@ def models_show(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, *,
 
     --json: {"name", "folder", "revision", "card", "defaults", "files": [{"file", "bytes", "sha256"}]}
     """
-    from imagegen.sources import all_weights, find_source, read_index
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from imagegen.families.loading import pipeline_class
+        from imagegen.model import find_model
+    from imagegen.sources import all_weights
     from imagegen.weights import hash_files
 
-    source = find_source(model, local_files_only=True, **where)
+    source, of_janus = find_model(model, where | {"local_files_only": True})
     card = card_of(source.name)
-    family = family_of((source.base or source).name, read_index(source.diffusers_folder)["_class_name"])
+    if of_janus is not None:
+        family: Family | None = FAMILIES[of_janus.kind]
+    else:
+        family = family_of((source.base or source).name, pipeline_class(source))
     paths = {path.relative_to(source.folder).as_posix(): path for path in all_weights(source)}
     files: list[dict[str, Any]] = [
         {"file": name, "bytes": paths[name].stat().st_size, "sha256": digest} for name, digest in hash_files(paths).items()
@@ -77,14 +84,12 @@ def models_verify(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, 
 
     --json: {"ok", "files": {file or component: [what is wrong with it]}, "notes": [...]}
     """
-    from imagegen.sources import find_source
-
-    source = find_source(model, local_files_only=True, **where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from imagegen.inspection import inspect
+        from imagegen.model import find_model
 
-        found = inspect(source)
+        found = inspect(*find_model(model, where | {"local_files_only": True}))
     if as_json:
         print_json({"ok": found.ok, "files": found.files, "notes": found.notes})
     else:

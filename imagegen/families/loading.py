@@ -35,12 +35,12 @@ def load_pipeline(source: Source, device: torch.device, dtype: torch.dtype | Non
     Raises:
         ModelError: weights are missing, damaged or of another model, or code would come with them.
     """
-    import diffusers
-
     folder = source.diffusers_folder
     index = read_index(folder)
-    kinds = classes_of(folder, index)
     with quiet():
+        import diffusers
+
+        kinds = classes_of(folder, index)
         kind = getattr(diffusers, index["_class_name"], None)
     if kind is None:
         raise ModelError(f"{source.name!r} is a {index['_class_name']}, which this diffusers has not: update it")
