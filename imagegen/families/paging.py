@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DONT_NEED = 4  # MADV_DONTNEED: of a file's clean pages, dropped; they are read again if they are asked for again
+LEAST = 2**20  # bytes of a tensor whose pages are worth a call
 ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers: convert in the thread that loads
 
 
@@ -28,25 +29,25 @@ class _GivesBack(TorchDispatchMode):
         super().__init__()
         self._inodes = {str(file.stat().st_ino) for file in files}
         self._advise = ctypes.CDLL(None).madvise
-        self._mapped: dict[int, bool] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
-            start = args[0].untyped_storage().data_ptr()
-            if start not in self._mapped:
-                self._mapped[start] = self._is_mapped(start, start + args[0].untyped_storage().nbytes())
-            if self._mapped[start]:
-                self._give_back(args[0].data_ptr(), args[0].nbytes)
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and args[0].nbytes >= LEAST:
+            begin, size = args[0].data_ptr(), args[0].nbytes
+            if self._is_mapped(begin, begin + size):
+                self._give_back(begin, size)
         return made
 
     def _is_mapped(self, begin: int, end: int) -> bool:
-        """Return whether a stretch of memory is one of the files: of any other, giving back would lose what is in it."""
-        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-            fields = line.split(None, 5)
-            low, _, high = fields[0].partition("-")
-            if int(low, 16) <= begin < int(high, 16):
-                return fields[4] in self._inodes and end <= int(high, 16)
+        """Return whether a stretch of memory is one of the files: of any other, giving back would lose what is in it.
+
+        Asked anew each time, for where a file was, other memory may be by now.
+        """
+        with Path("/proc/self/maps").open(encoding="utf-8", errors="replace") as maps:
+            for line in maps:
+                low, _, high = line.split(" ", 1)[0].partition("-")
+                if int(low, 16) <= begin < int(high, 16):
+                    return line.split(None, 5)[4] in self._inodes and end <= int(high, 16)
         return False
 
     def _give_back(self, begin: int, size: int) -> None:
