@@ -12,7 +12,8 @@ from imagegen.request import DataError, Error, ModelError, PlanError, ReceiptErr
 if TYPE_CHECKING:
     from imagegen.comparison import compare
     from imagegen.finetune import distill, finetune
-    from imagegen.model import Model, Step, load
+    from imagegen.loader import load
+    from imagegen.model import Model, Step
     from imagegen.receipt import Receipt, read_receipt
     from imagegen.reference import Verdict, replay
     from imagegen.reference_set import import_reference, record_reference
@@ -36,7 +37,7 @@ _HOME = {
     "distill": "finetune",
     "finetune": "finetune",
     "import_reference": "reference_set",
-    "load": "model",
+    "load": "loader",
     "read_receipt": "receipt",
     "record_reference": "reference_set",
     "replay": "reference",

@@ -1,7 +1,8 @@
 """What a model's licence says of training another model on what it makes, as data. Knows nothing of torch.
 
 Three kinds, and a fourth for what is not here: allowed; allowed, and the new model carries the terms;
-forbidden. A reading of each text on the date given, not legal advice: the text at `url` decides.
+forbidden. A reading on the date given, of some texts as others quote them (Tencent's, OpenAI's), not legal advice:
+the text at `url` decides.
 """
 
 import re
@@ -41,7 +42,7 @@ LICENCES = {
     for licence in (
         Licence(
             "Apache-2.0", ALLOWED, "no word on outputs", "https://www.apache.org/licenses/LICENSE-2.0", "2026-11-24",
-            (r"emoji", r"flux.?1.?schnell", r"flux.?2.?klein.?4b", r"qwen.?image", r"z.?image", r"auraflow"),
+            (r"flux.?1.?schnell", r"flux.?2.?klein.?4b", r"qwen.?image", r"(^|\W)z.?image", r"auraflow"),
         ),
         Licence("MIT", ALLOWED, "no word on outputs", "https://opensource.org/license/mit", "2026-11-24", (r"hidream",)),
         Licence(
@@ -60,7 +61,7 @@ LICENCES = {
         Licence(
             "CreativeML-OpenRAIL++-M", INHERITED, _RAIL,
             "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md", "2026-11-24",
-            (r"sd.?xl(?!.?turbo)", r"stable.?diffusion.?xl", r"stable.?diffusion.?2", r"pixart"),
+            (r"sd.?xl(?!.?turbo)", r"stable.?diffusion.?xl(?!.?turbo)", r"stable.?diffusion.?2", r"pixart"),
         ),
         Licence(
             "DeepSeek-Model-License-1.0", INHERITED, _RAIL,
@@ -70,7 +71,7 @@ LICENCES = {
             "Stability-AI-Community-License", FORBIDDEN,
             "its outputs may not create or improve another foundational generative model",
             "https://stability.ai/community-license-agreement", "2026-11-24",
-            (r"stable.?diffusion.?3", r"(^|\W)sd.?3", r"sd.?xl.?turbo", r"sd.?turbo"),
+            (r"stable.?diffusion.?(3|xl.?turbo)", r"(^|\W)sd.?3", r"sd.?xl.?turbo", r"sd.?turbo"),
         ),
         Licence(
             "FLUX.1-dev-Non-Commercial-License", FORBIDDEN,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from imagegen import fidelity
 from imagegen.fit import HARMLESS
+from imagegen.loader import load
 from imagegen.measure import versions
-from imagegen.model import Model, load
+from imagegen.model import Model
 from imagegen.receipt import Receipt, describe_request, open_picture, pixels_sha256
 from imagegen.request import PICTURES, ReceiptError, Request, build_request
 from imagegen.speed import EXACT, Plan

@@ -33,6 +33,7 @@ SCHEDULERS: Known = {
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
 }
+STAND_IN = "dpm++ 2m"  # for a scheduler whose levels are not known
 # Flow-matching models need a scheduler that knows their noise; first order of DPM++ is Euler there.
 FLOW_SCHEDULERS: Known = {
     "dpm++ 2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
@@ -170,11 +171,15 @@ def make_deterministic(own: Any) -> Any:
     """Return a scheduler of known levels: the model's own, or DPM++ of its configuration."""
     if has_known_levels(own):
         return make_scheduler(own, None)
-    if prediction_of(own) == "flow":
-        return type(own).from_config(own.config, use_dynamic_shifting=False)
-    from diffusers import DPMSolverMultistepScheduler
+    made = make_scheduler(own, None if prediction_of(own) == "flow" else STAND_IN)
+    _settle(made)
+    return made
 
-    return DPMSolverMultistepScheduler.from_config(own.config, solver_order=2, timestep_spacing="trailing")
+
+def _settle(scheduler: Any) -> None:
+    """Let a scheduler that stands in for one without known levels begin at pure noise, and at the same levels for every size."""
+    changes = {"timestep_spacing": "trailing", "use_dynamic_shifting": False}
+    scheduler.register_to_config(**{name: value for name, value in changes.items() if name in scheduler.config})
 
 
 def levels_of(scheduler: Any) -> Levels:
@@ -185,8 +190,8 @@ def levels_of(scheduler: Any) -> Levels:
     return Levels(kind, scheduler.timesteps.cpu(), signal, noise)
 
 
-def follow_teacher(scheduler: Any, teacher_steps: int) -> None:
-    """Let a scheduler of `make_deterministic` take steps of first order, from the levels of a run of more steps.
+def follow_teacher(scheduler: Any, teacher_steps: int, stands_in: bool) -> None:
+    """Let a run's scheduler take steps of first order, over the levels that `make_deterministic` gave the teacher.
 
     A student that was distilled for N steps goes from every n-th level of its teacher's run to the next. A
     number of steps that does not divide the teacher's is spaced as the scheduler would.
@@ -194,22 +199,23 @@ def follow_teacher(scheduler: Any, teacher_steps: int) -> None:
     Args:
         scheduler: of one run, changed in place; its steps are not set yet.
         teacher_steps: of the run that the student learned from.
+        stands_in: the model's own scheduler has no known levels, and this one is in its place.
     """
+    if stands_in:
+        _settle(scheduler)
     if "solver_order" in scheduler.config:
         scheduler.register_to_config(solver_order=1)
     own = scheduler.set_timesteps
 
     @wraps(own)
-    def set_timesteps(num_inference_steps: int, *args: Any, **kwargs: Any) -> None:
-        if teacher_steps % num_inference_steps:
-            own(num_inference_steps, *args, **kwargs)
+    def set_timesteps(num_inference_steps: int | None = None, *args: Any, sigmas: Any = None, **kwargs: Any) -> None:
+        count = num_inference_steps or len(sigmas)  # some pipelines bring levels of their own, which are not the teacher's
+        if teacher_steps % count:
+            own(count, *args, **kwargs)
             return
-        if kwargs.get("sigmas") is not None:
-            kwargs["sigmas"] = [1 - step / teacher_steps for step in range(teacher_steps)]
         own(teacher_steps, *args, **kwargs)
-        every = teacher_steps // num_inference_steps
-        scheduler.timesteps = scheduler.timesteps[::every]
-        scheduler.sigmas = torch.cat([scheduler.sigmas[:-1][::every], scheduler.sigmas[-1:]])
-        scheduler.num_inference_steps = num_inference_steps
+        scheduler.timesteps = scheduler.timesteps[:: teacher_steps // count]
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:-1][:: teacher_steps // count], scheduler.sigmas[-1:]])
+        scheduler.num_inference_steps = count
 
     scheduler.set_timesteps = set_timesteps

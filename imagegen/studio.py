@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 from imagegen import fidelity
 from imagegen.catalog import EMBEDDED
 from imagegen.families.diffusion import stock_runner
-from imagegen.model import Model, load
+from imagegen.loader import load
+from imagegen.model import Model
 from imagegen.receipt import open_picture, read_receipt
 from imagegen.reference import FLOOR_MAX_DIFFERENCE, FLOOR_PSNR_DB, stock_request
 from imagegen.request import Error, RequestError

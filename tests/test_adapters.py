@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_clip import make_stable_diffusion
 
 import imagegen
 from imagegen import DataError, ModelError
@@ -18,8 +17,8 @@ SETTINGS = {"num_steps": 3, "batch_size": 2, "rank": 2, "alpha": 4, "learning_ra
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return imagegen.load(make_stable_diffusion(tmp_path_factory.mktemp("clip")))
+def clip(folder_of):
+    return imagegen.load(folder_of("sd1.5"))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from imagegen import DataError
 from imagegen.families import latents
 from imagegen.families.conditioning import KINDS, encode_captions, predict
 from imagegen.families.diffusion import denoiser_of
+from imagegen.sampling import levels_of, make_deterministic
 
 FAMILIES = {"sd1.5": 64, "sdxl": 64, "sd3": 64, "flux": 64}
 
@@ -71,7 +72,24 @@ def test_a_student_of_every_family(name, model_of, tmp_path):
     model = model_of(name)
     settings = {"student_steps": 1, "teacher_steps": 2, "guidance": 2.0, "num_trajectories": 2, "prompts": ("a", "b")}
     made = imagegen.distill(model, tmp_path, **settings, num_steps=2, batch_size=2, rank=2, learning_rate=0.01)
-    assert made.num_steps == 2 and made.loss > 0
+    size = (FAMILIES[name],) * 2
+    noise = torch.randn(latents.noise_shape(model.pipeline, 1, *size), generator=torch.Generator().manual_seed(1))
+    asked = {"noise": noise, "width": size[0], "height": size[1]}
+    levels = make_deterministic(model.pipeline.scheduler)
+    levels.set_timesteps(2)
+    model.set_plan(f"student(file={made.folder})")
+    try:
+        *_, last = model.stream("a", **asked)
+        told = encode_captions(model.pipeline, ["a"])
+        with torch.no_grad():
+            says = predict(model.pipeline, denoiser_of(model.pipeline), noise, levels.timesteps[:1], told)
+    finally:
+        model.set_plan("exact")
+    first, second = levels_of(levels).jump(torch.tensor([0]), -1)
+    assert torch.allclose(last.latents, first * noise + second * says, atol=1e-3, rtol=1e-3), "the teacher's levels, in one step"
+    drawn = last.result.pictures[0]
+    assert drawn.receipt.request["num_steps"] == 1 and drawn.receipt.plan["levers"][0]["engaged"]
+    assert drawn.image != model("a", num_steps=1, guidance=1, **asked).images[0]
 
 
 def test_other_kinds_are_refused_with_those_it_knows(model_of, tmp_path):

@@ -2,18 +2,20 @@
 
 import copy
 import json
+import shutil
+from functools import partial
 from hashlib import sha256
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
 from safetensors import safe_open
-from tiny_clip import make_stable_diffusion
 
 import imagegen
 from imagegen import DataError, PlanError, RequestError, cli
 from imagegen.families import adapters
+from imagegen.families.conditioning import predict
 from imagegen.finetune import distillation, lessons
 from imagegen.finetune.trajectory import Teacher, Trajectories
 from imagegen.licences import licence_of
@@ -30,13 +32,12 @@ SCHEDULERS = {
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A tiny Stable Diffusion whose scheduler's levels are known."""
-    folder = make_stable_diffusion(tmp_path_factory.mktemp("clip"))
-    model = imagegen.load(folder)
-    make_deterministic(model.pipeline.scheduler).save_pretrained(folder / "scheduler")
+def clip(folder_of, tmp_path_factory):
+    """A tiny Stable Diffusion with a scheduler whose levels are not known, PNDM, as published ones come."""
+    folder = shutil.copytree(folder_of("sd1.5"), tmp_path_factory.mktemp("clip") / "model")
+    PNDMScheduler(skip_prk_steps=True, steps_offset=1, beta_schedule="scaled_linear").save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DPMSolverMultistepScheduler"]}))
+    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "PNDMScheduler"]}))
     return imagegen.load(folder)
 
 
@@ -64,7 +65,7 @@ def test_a_students_run_takes_every_nth_level_and_our_steps(name):
     whole = type(SCHEDULERS[name]).from_config(SCHEDULERS[name].config)
     whole.set_timesteps(12)
     levels, scheduler = levels_of(whole), type(whole).from_config(whole.config)
-    follow_teacher(scheduler, 12)
+    follow_teacher(scheduler, 12, stands_in=False)
     scheduler.set_timesteps(3)
     assert scheduler.timesteps.tolist() == whole.timesteps[::4].tolist() and len(scheduler.sigmas) == 4
     torch.manual_seed(0)
@@ -107,7 +108,7 @@ def make_course(student, teacher, tmp_path, steps=6, every=3):
     pipeline.scheduler = scheduler
     told = lambda prompt: {"encoder_hidden_states": torch.full((2, 3), 0.5 * len(prompt))}  # noqa: E731
     silence = {"encoder_hidden_states": torch.zeros(1, 2, 3)}
-    made = Teacher(pipeline, teacher, 2.0, silence)
+    made = Teacher(pipeline, partial(predict, pipeline, teacher), 2.0, silence)
     runs = Trajectories(tmp_path, made, {}, ("a", "bb"), steps, seed=0)
     runs.fill(4, (1, 2, 2), told, lambda *_: None)
     conditions = [told(runs.prompt(number)) for number in range(4)]
@@ -204,13 +205,32 @@ def test_as_a_plan_it_draws_what_stock_diffusers_draws_with_its_lora(clip, stude
     stock = StableDiffusionPipeline.from_pretrained(clip.folder, local_files_only=True)
     stock.set_progress_bar_config(disable=True)
     stock.load_lora_weights(str(made.folder))
-    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config, solver_order=1)
+    levels = {"solver_order": 1, "timestep_spacing": "trailing"}
+    stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config, **levels)
     settings = {"width": 64, "height": 64, "guidance_scale": 1.0, "generator": torch.Generator().manual_seed(3)}
     stock.scheduler.set_timesteps(4)
     times = stock.scheduler.timesteps[::2]
     theirs = stock("a b", timesteps=times.tolist(), **settings).images[0]
     difference = np.abs(np.asarray(theirs).astype(int) - np.asarray(result.images[0])).max()
     assert difference <= 1 and eight != result.images[0]
+
+
+def test_the_teacher_is_followed_under_the_exact_plan_and_a_carried_lora_is_refused_first(clip, student, tmp_path):
+    _, made = student
+    clip.add_lora(made.weights)
+    try:
+        with pytest.raises(DataError, match="remove_loras"):
+            imagegen.distill(clip, tmp_path, **SETTINGS)
+    finally:
+        clip.remove_loras()
+    assert list(tmp_path.iterdir()) == []
+    clip.set_plan("step-cache(warmup=1)")
+    try:
+        again = imagegen.distill(clip, tmp_path, lesson=student[0], **SETTINGS)
+        assert clip.plan.name.startswith("step-cache")
+    finally:
+        clip.set_plan("exact")
+    assert digest(again.weights) == digest(made.weights)
 
 
 def test_a_student_of_other_weights_or_none_is_refused(clip, model, student, tmp_path):
@@ -254,7 +274,7 @@ def draw_exact(model):
 
 
 def test_wrong_settings_and_a_forbidden_teacher(clip, tmp_path, monkeypatch):
-    wrong = [{"student_steps": 3}, {"lesson": "magic"}, {"prior_prompts": ("a",)}, {"learning_rat": 1}]
+    wrong = [{"student_steps": 3}, {"lesson": "magic"}, {"dora": True}, {"prior_prompts": ("a",)}, {"learning_rat": 1}]
     for settings in wrong:
         with pytest.raises(DataError):
             imagegen.distill(clip, tmp_path, **SETTINGS | settings)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from hashlib import sha256
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,8 +25,9 @@ from imagegen import DataError, ModelError, cli
 from imagegen.families import adapters
 from imagegen.families.conditioning import encode_captions, predict, silence_of
 from imagegen.finetune.checkpoint import list_checkpoints, save_checkpoint
-from imagegen.finetune.loop import batch_of, batches, seeded
+from imagegen.finetune.loop import Learner, Training, batch_of, batches, seeded
 from imagegen.finetune.objective import objective_of
+from imagegen.finetune.recipe import Recipe
 
 SETTINGS = {"num_steps": 6, "batch_size": 2, "rank": 2, "save_every": 2, "seed": 3}
 
@@ -293,10 +295,30 @@ def test_two_processes_train_like_one(folder, trained, tmp_path):
     arguments = ["finetune", str(folder), "--out", str(tmp_path), "--steps", "6", "--batch-size", "2"]
     done = run_two(["-m", "imagegen"], *arguments, "--rank", "2", "--save-every", "2", "--seed", "3")
     assert done.stderr.count("6/6 step, loss") == 1, "one process speaks"
+    facts = json.loads((list_checkpoints(tmp_path)[-1] / "facts.json").read_text())
+    assert facts["num_processes"] == 2
     alone, together = (load_file(path / adapters.FILE) for path in (trained.folder, tmp_path))
     assert alone.keys() == together.keys()
     size = max(value.abs().max() for value in alone.values())
     assert max((alone[name] - together[name]).abs().max() for name in alone) < 1e-3 * size
+
+
+def test_each_process_computes_its_own_part_of_every_batch(tmp_path):
+    seen, weight = {}, torch.zeros(1, requires_grad=True)
+    for rank in (0, 1):
+        company = SimpleNamespace(
+            num_processes=2, process_index=rank, is_main_process=False, reduce=lambda value, reduction: value
+        )
+
+        def loss_of(step, chosen, rank=rank):
+            seen.setdefault(step, {})[rank] = list(chosen)
+            return weight.sum()
+
+        recipe = Recipe(num_steps=2, batch_size=4, save_every=9)
+        Training([Learner("one", [weight], loss_of)], [()] * 8, recipe, tmp_path, {}, company).run(lambda *_: None)
+    for step, parts in seen.items():
+        whole = list(enumerate(batch_of([()] * 8, 4, 0, step)))
+        assert len(parts[0]) == len(parts[1]) == 2 and sorted(parts[0] + parts[1]) == whole
 
 
 def test_validation_pictures_are_rendered_and_change_nothing(model, folder, trained, tmp_path):
@@ -324,13 +346,25 @@ def test_averages_are_what_is_rendered_and_kept(model, folder, trained, tmp_path
 
 
 def test_less_memory_by_checkpointing_changes_no_bit(model, folder, trained, tmp_path):
-    made = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"gradient_checkpointing": True})
+    unet, calls = model.pipeline.unet, []
+    hook = unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    try:
+        made = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"gradient_checkpointing": True})
+    finally:
+        hook.remove()
+    assert len(calls) == 2 * SETTINGS["num_steps"], "once forward, once more backward"
     assert all(torch.equal(value, load_file(trained.weights)[name]) for name, value in load_file(made.weights).items())
     assert not model.pipeline.unet.is_gradient_checkpointing
 
 
 def test_accumulation_is_a_larger_batch_in_parts(model, folder, trained, tmp_path):
-    made = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"accumulate": 2})
+    rows = []
+    hook = model.pipeline.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    try:
+        made = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"accumulate": 2})
+    finally:
+        hook.remove()
+    assert rows == [1] * 2 * SETTINGS["num_steps"]
     alone, parts = load_file(trained.weights), load_file(made.weights)
     size = max(value.abs().max() for value in alone.values())
     assert max((alone[name] - parts[name]).abs().max() for name in alone) < 1e-3 * size

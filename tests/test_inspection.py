@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from imagegen.inspection import inspect
-from imagegen.model import find_model
+from imagegen.loader import find_model
 from imagegen.sources import find_source
 from imagegen.weights import hash_weights
 

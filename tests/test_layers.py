@@ -35,6 +35,7 @@ ORDER = [
     "guides",
     "variations",
     "model",
+    "loader",
     "inspection",
     "reference",
     "reference_set",
@@ -47,24 +48,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-NO_TORCH = [
-    "request",
-    "licences",
-    "canvas",
-    "cards",
-    "catalog",
-    "receipt",
-    "result",
-    "weights",
-    "contents",
-    "hub",
-    "sources",
-    "profile",
-    "prompts",
-    "report",
-    "measure",
-    "cli",
-]
+NO_TORCH = [*ORDER[: ORDER.index("sampling")], "cli"]
 
 
 def modules():

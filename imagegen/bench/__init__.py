@@ -86,7 +86,7 @@ def run(
 
 
 def _find_device(device: str | None) -> str:
-    from imagegen.model import find_device
+    from imagegen.loader import find_device
 
     return find_device(device).type
 

@@ -11,8 +11,9 @@ import torch
 
 from imagegen.comparison import Trial, add_case, judge
 from imagegen.families import diffusion
+from imagegen.loader import load
 from imagegen.measure import environment, machine, peak_memory_gib, reset_peak_memory, synchronise
-from imagegen.model import Model, load
+from imagegen.model import Model
 from imagegen.prompts import confirm_prompts
 from imagegen.reference import FLOOR_PSNR_DB
 from imagegen.request import build_request

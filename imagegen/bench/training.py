@@ -21,8 +21,9 @@ from imagegen.finetune.loop import Learner, Training
 from imagegen.finetune.objective import objective_of
 from imagegen.finetune.recipe import Recipe
 from imagegen.finetune.workplace import Workplace, start_accelerator
+from imagegen.loader import load
 from imagegen.measure import peak_memory_gib, reset_peak_memory, synchronise
-from imagegen.model import Model, load
+from imagegen.model import Model
 
 BATCH, PICTURES, WARM_UP = 4, 8, 2
 LOOPS = ("plain", "imagegen")

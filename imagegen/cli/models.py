@@ -44,7 +44,7 @@ def models_show(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, *,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from imagegen.families.loading import pipeline_class
-        from imagegen.model import find_model
+        from imagegen.loader import find_model
     from imagegen.sources import all_weights
     from imagegen.weights import hash_files
 
@@ -87,7 +87,7 @@ def models_verify(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from imagegen.inspection import inspect
-        from imagegen.model import find_model
+        from imagegen.loader import find_model
 
         found = inspect(*find_model(model, where | {"local_files_only": True}))
     if as_json:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from imagegen.families.diffusion import quiet
+from imagegen.contents import identify
+from imagegen.families.diffusion import denoiser_name, quiet
 from imagegen.request import DataError, ModelError
-from imagegen.weights import save_weights
+from imagegen.weights import read_header, save_weights
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's own names
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name: `load_lora_weights(folder)` finds it
@@ -165,16 +166,17 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
     if not hasattr(pipeline, "load_lora_weights"):
         raise ModelError(f"a {type(pipeline).__name__} takes no LoRAs: use the model without")
     file = _find_file(path)
-    tensors, _ = _read(file)
-    if not any("lora" in key for key in tensors):
-        raise ModelError(f"{str(file)!r} is no LoRA: its first tensor is {next(iter(sorted(tensors)), 'none')!r}")
-    if any(key.endswith(".dora_scale") for key in tensors):
+    names = read_header(file)
+    if not any("lora" in name for name in names):
+        found = identify(names)
+        raise ModelError(f"{str(file)!r} is no LoRA, but {found.what}: {found.use or 'load it as a model'}")
+    if any(name.endswith(".dora_scale") for name in names):
         raise ModelError(f"{str(file)!r} is a DoRA in kohya's layout, whose magnitudes diffusers leaves out: convert it first")
-    of_peft = all(key.startswith(PEFT) for key in tensors)
+    of_peft = all(name.startswith(PEFT) for name in names)
     with quiet():
         try:
             if of_peft:
-                pipeline.load_lora_weights(_from_peft(pipeline, file, tensors), adapter_name=name)
+                pipeline.load_lora_weights(_from_peft(pipeline, file), adapter_name=name)
             else:
                 weights = {"weight_name": file.name, "local_files_only": True}
                 pipeline.load_lora_weights(str(file.parent), adapter_name=name, **weights)
@@ -184,7 +186,7 @@ def load_adapter(pipeline: Any, path: Path, name: str) -> Path:
             raise ModelError(f"the LoRA {str(file)!r} does not fit this model: {reason}") from None
     if not _has(pipeline, name):
         raise ModelError(f"the LoRA {str(file)!r} matches no layer of this model: it was made for another one")
-    there, taken = sum(bool(DOWN.search(key)) for key in tensors), _count_layers(pipeline, name)
+    there, taken = sum(bool(DOWN.search(key)) for key in names), _count_layers(pipeline, name)
     if taken < there:
         warnings.warn(
             f"{taken} of the {there} layers of the LoRA {str(file)!r} match this model; the rest is left out", stacklevel=3
@@ -207,11 +209,9 @@ def _find_file(path: Path) -> Path:
 
 
 def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except Exception as error:
-        raise ModelError(f"{str(file)!r} is no safetensors file that can be read: {error}") from None
+    read_header(file)  # says what is wrong
+    with safe_open(file, "pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -220,11 +220,9 @@ def read_metadata(file: Path) -> dict[str, str]:
     Raises:
         ModelError: it cannot be read.
     """
-    try:
-        with safe_open(file, "pt") as opened:
-            return opened.metadata() or {}
-    except Exception as error:
-        raise ModelError(f"{str(file)!r} is no safetensors file that can be read: {error}") from None
+    read_header(file)
+    with safe_open(file, "pt") as opened:
+        return opened.metadata() or {}
 
 
 @torch.no_grad()
@@ -247,13 +245,15 @@ def merge_file(module: torch.nn.Module, file: Path) -> None:
         except RuntimeError as error:
             raise ModelError(f"{str(file)!r} does not fit this model: {' '.join(str(error).split())[:200]}") from None
         return
+    pairs: dict[str, dict[bool, torch.Tensor]] = {}
     for name, parts in found.items():
         if parts is None:
-            raise ModelError(f"{str(file)!r} holds {name!r}, which cannot be merged: DoRA is not supported here")
-        if parts["way"] in ("down", "A"):
-            up = next(other for other, own in found.items() if own and own["layer"] == parts["layer"] and other != name)
-            scale = adapter[f"{parts['part']}.lora_alpha"] / adapter[f"{parts['part']}.r"]
-            _add_product(module, parts["layer"], tensors[up].float(), tensors[name].float(), scale, file)
+            raise ModelError(f"{str(file)!r} holds {name!r}, which cannot be merged: only plain LoRAs can")
+        pairs.setdefault(parts["layer"], {})[parts["way"] in ("down", "A")] = tensors[name].float()
+    part = next(parts["part"] for parts in found.values() if parts)
+    scale = adapter[f"{part}.lora_alpha"] / adapter[f"{part}.r"]
+    for layer, pair in pairs.items():
+        _add_product(module, layer, pair[False], pair[True], scale, file)
 
 
 def _add_product(module: torch.nn.Module, layer: str, up: torch.Tensor, down: torch.Tensor, scale: float, file: Path) -> None:
@@ -267,15 +267,15 @@ def _add_product(module: torch.nn.Module, layer: str, up: torch.Tensor, down: to
     weight.add_((scale * product).to(weight))
 
 
-def _from_peft(pipeline: Any, file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _from_peft(pipeline: Any, file: Path) -> dict[str, torch.Tensor]:
     """Return peft's own layout as diffusers reads it; its scale, which lies in another file, goes into the weights."""
     try:
         config = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
         scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{str(file)!r} is in peft's layout, and its {PEFT_CONFIG} cannot be read: {error}") from None
-    part = "transformer" if hasattr(pipeline, "transformer") else "unet"
-    scaled = {key: value * scale if ".lora_B." in key else value for key, value in tensors.items()}
+    part = denoiser_name(pipeline)
+    scaled = {key: value * scale if ".lora_B." in key else value for key, value in _read(file)[0].items()}
     return {f"{part}.{key.removeprefix(PEFT)}": value for key, value in scaled.items()}
 
 

@@ -12,6 +12,8 @@ from imagegen.families.latents import pack, unpack
 from imagegen.request import DataError
 
 Conditions = dict[str, torch.Tensor]
+Prediction = Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
+"""Of noisy latents, times and conditions."""
 
 
 def encode_captions(pipeline: Any, captions: list[str]) -> Conditions:

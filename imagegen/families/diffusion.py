@@ -38,9 +38,14 @@ __all__ = [  # what a model needs of this folder
 DENOISERS = ("transformer", "unet", "decoder")  # what pipelines call the module that they run at every step
 
 
+def denoiser_name(pipeline: Any) -> str:
+    """Return what a pipeline calls the module that it runs at every step."""
+    return next(name for name in DENOISERS if getattr(pipeline, name, None) is not None)
+
+
 def denoiser_of(pipeline: Any) -> torch.nn.Module:
     """Return the module that a pipeline calls at every step."""
-    return next(getattr(pipeline, name) for name in DENOISERS if getattr(pipeline, name, None) is not None)
+    return getattr(pipeline, denoiser_name(pipeline))
 
 
 def family_of_class(class_name: str) -> Family | None:

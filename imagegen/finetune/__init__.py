@@ -68,11 +68,12 @@ def finetune(
     objective = objective_of(model.pipeline.scheduler, recipe.min_snr)
     facts: dict[str, Any] = {"data_sha256": dataset.sha256, "num_pictures": len(dataset.items), "licences": rights}
     facts |= {"model_sha256": model.hashes, "family": model.family.name}
+    place = Workplace(model, recipe)
     accelerator = start_accelerator(model, recipe, out)
     tell = progress if progress and accelerator.is_main_process else silence
     with accelerator.main_process_first():  # the others then find the cache filled
         examples = _encode(model, dataset, out, recipe, tell)
-    with Workplace(model, recipe) as place:
+    with place:
         before = Prior(place.old_prediction(), silence_of(model.pipeline)) if recipe.prior_prompts else None
         loss_of = denoising_loss(model.pipeline, place.denoiser, objective, examples, recipe.seed, before, recipe.text_encoder)
         learner = Learner(recipe.method, place.weights, loss_of)

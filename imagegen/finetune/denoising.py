@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from imagegen.families.conditioning import Conditions, encode_captions, predict
+from imagegen.families.conditioning import Conditions, Prediction, encode_captions, predict
 from imagegen.finetune.cache import draw_latents
 from imagegen.finetune.loop import Chosen, seeded
 from imagegen.finetune.objective import Objective
@@ -50,7 +50,7 @@ class Prior:
         silence: what the denoiser is told where nothing is asked for.
     """
 
-    predict: Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]
+    predict: Prediction
     silence: Conditions
 
     def silence_some(self, told: Conditions, silent: Sequence[bool]) -> Conditions:

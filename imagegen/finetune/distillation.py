@@ -6,11 +6,12 @@ levels it steps over, and the teacher's licence. `trajectory` keeps the teacher'
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagegen.families import adapters
-from imagegen.families.conditioning import check_trainable, silence_of
+from imagegen.families.conditioning import check_trainable, predict, silence_of
 from imagegen.families.latents import noise_shape
 from imagegen.finetune.cache import Cache
 from imagegen.finetune.lessons import LESSONS, Course, consistency_loss, distribution_losses, trajectory_loss
@@ -74,8 +75,10 @@ def distill(
         raise DataError(f"lesson must be one of {', '.join(LESSONS)}, got {lesson!r}")
     if not 1 <= student_steps <= teacher_steps or teacher_steps % student_steps:
         raise DataError(f"student_steps must divide the teacher's {teacher_steps}, got {student_steps!r}")
-    if recipe.text_encoder or recipe.prior_prompts:
-        raise DataError("distillation trains the denoiser on its teacher's pictures: leave text_encoder and prior_prompts out")
+    if recipe.text_encoder or recipe.prior_prompts or recipe.dora:
+        raise DataError(
+            "distillation trains plain weights on a teacher's pictures: leave text_encoder, prior_prompts and dora out"
+        )
     missing = adapters.peft_is_missing() if recipe.method == "lora" else None
     if missing:
         raise DataError(missing)
@@ -87,20 +90,19 @@ def distill(
     facts: dict[str, Any] = {"lesson": lesson, "student_steps": student_steps, "teacher_steps": teacher_steps}
     facts |= {"guidance": guidance, "anchor": anchor, "num_trajectories": num_trajectories, "licences": rights}
     facts |= {"teacher": model.source, "model_sha256": model.hashes, "family": model.family.name}
+    place, pipeline = Workplace(model, recipe), model.pipeline
     accelerator = start_accelerator(model, recipe, out)
     tell = progress if progress and accelerator.is_main_process else silence
     prompts = tuple(prompts) or training_prompts(model.family.name)
-    cache = Cache(out, model.pipeline, model.hashes, [])
-    denoiser = copy.deepcopy(Workplace(model, recipe).denoiser).requires_grad_(False)
-    teacher = Teacher(model.pipeline, denoiser, guidance, silence_of(model.pipeline))
+    cache = Cache(out, pipeline, model.hashes, [])
+    teacher = Teacher(pipeline, partial(predict, pipeline, place.denoiser), guidance, silence_of(pipeline))
     trajectories = Trajectories(out, teacher, {"model_sha256": model.hashes}, prompts, teacher_steps, recipe.seed)
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), model.plan_for_a_while("exact"):
         trajectories.fill(num_trajectories, latents_shape(model), cache.text, tell)
-    told = [cache.text(trajectories.prompt(number)) for number in range(num_trajectories)]
-    with Workplace(model, recipe) as place:
-        levels = levels_of(trajectories.scheduler)
+        told = [cache.text(trajectories.prompt(number)) for number in range(num_trajectories)]
+    with place:
         every = teacher_steps // student_steps
-        course = Course(model.pipeline, place.denoiser, levels, every, trajectories, told, recipe.seed)
+        course = Course(pipeline, place.denoiser, levels_of(trajectories.scheduler), every, trajectories, told, recipe.seed)
         learners = _learners(lesson, course, teacher, place, anchor)
         training = Training(learners, [()] * num_trajectories, recipe, out, facts, accelerator)
         if resume:
@@ -128,8 +130,11 @@ def _learners(lesson: str, course: Course, teacher: Teacher, place: Workplace, a
         return [Learner("student", place.weights, trajectory_loss(course))]
     if lesson == "consistency":
         return [Learner("student", place.weights, consistency_loss(course))]
-    critic = copy.deepcopy(teacher.denoiser).requires_grad_(True)
-    critics, students = distribution_losses(course, teacher, critic, anchor)
+    critic = copy.deepcopy(place.denoiser)
+    adapters.remove_adapter(critic)
+    critic.requires_grad_(True)
+    as_before = Teacher(teacher.pipeline, place.old_prediction(), teacher.guidance, teacher.silence)
+    critics, students = distribution_losses(course, as_before, critic, anchor)
     return [
         Learner("critic", list(critic.parameters()), critics, turns=CRITIC_TURNS, rate=0.1),
         Learner("student", place.weights, students),

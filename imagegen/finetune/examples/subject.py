@@ -6,8 +6,6 @@ Writes the LoRA, `sheet.png` (the five pictures; ten that the tuned model makes 
 the base model and by the tuned one) and `figures.json`. The creature is drawn by this file.
 """
 
-import argparse
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 import imagegen
-from imagegen.finetune.examples.features import Classifier, describe, lines, psnr_db, save_sheet
+from imagegen.finetune.examples.features import Classifier, describe, lines, main, psnr_db, save_sheet
 from imagegen.model import Model
 
 WORD = "zorp"
@@ -129,9 +127,4 @@ def run(model: Model, out: Path, **settings: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    figures = run(imagegen.load(), arguments.out)
-    (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1))
-    print(json.dumps(figures, indent=1))
+    main(run, __doc__)
