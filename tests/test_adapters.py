@@ -115,6 +115,17 @@ def test_a_lora_that_peft_itself_wrote(clip, tmp_path):
         clip.add_lora(tmp_path)
 
 
+def test_a_part_that_refuses_leaves_the_others_as_they_were(clip, folder, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("please use a version >= 99")
+
+    before, names = draw(clip), sorted(clip.pipeline.unet.state_dict())
+    monkeypatch.setattr(clip.pipeline.text_encoder, "add_adapter", refuse)
+    with pytest.raises(DataError, match="CLIPTextModel takes no LoRA here: please use a version >= 99"):
+        imagegen.finetune(clip, folder, tmp_path, **SETTINGS, text_encoder=True)
+    assert sorted(clip.pipeline.unet.state_dict()) == names and draw(clip) == before
+
+
 def test_what_diffusers_would_leave_out_silently_is_refused(clip, tmp_path):
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(32, 2), "dora_scale": torch.ones(32, 1)}

@@ -61,6 +61,9 @@ def add_adapter(module: torch.nn.Module, layers: list[str], *, rank: int, alpha:
         alpha: from 1; the LoRA's output is scaled by alpha / rank.
         dora: also learn magnitudes. Source: Liu et al. (2024), https://arxiv.org/abs/2402.09353.
         seed: of the first values.
+
+    Raises:
+        DataError: the library that the module comes from refuses it.
     """
     from peft import LoraConfig
 
@@ -68,7 +71,10 @@ def add_adapter(module: torch.nn.Module, layers: list[str], *, rank: int, alpha:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, use_dora=dora, target_modules=layers, init_lora_weights="gaussian")
-        module.add_adapter(config, adapter_name=ADAPTER)
+        try:
+            module.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:  # versions that do not go together
+            raise DataError(f"a {type(module).__name__} takes no LoRA here: {error}") from None
     return [weight for weight in module.parameters() if weight.requires_grad]
 
 

@@ -38,8 +38,8 @@ class Remembered:
         """Take each layer's keys and values."""
         self.prefix = prefix
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all keys and values that a layer's new tokens may see."""
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, **_more: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values that a layer's new tokens may see; `_more` is what newer transformers tell a cache."""
         before = self.prefix[layer]
         return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
 

@@ -65,19 +65,27 @@ class Workplace:
         own = [weight for part in self.parts.values() for weight in part.parameters()]
         self._kept = [(weight, weight.requires_grad) for weight in own]
         self._originals = [weight.detach().clone() for weight in own] if recipe.method == "full" else []
-        for name, part in self.parts.items():
-            if recipe.method == "full":
-                part.requires_grad_(True)
-                self.weights += part.parameters()
-                continue
-            alpha = recipe.alpha or recipe.rank
-            added = adapters.add_adapter(part, layers[name], rank=recipe.rank, alpha=alpha, dora=recipe.dora, seed=recipe.seed)
-            for weight in added:
-                weight.data = weight.data.float()
-            self.weights += added
+        try:
+            for name, part in self.parts.items():
+                self.weights += self._open(part, layers[name])
+        except BaseException:
+            self.__exit__()
+            raise
         if recipe.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         return self
+
+    def _open(self, part: torch.nn.Module, layers: list[str]) -> list[torch.Tensor]:
+        """Let a part be trained; return the weights that are."""
+        recipe = self.recipe
+        if recipe.method == "full":
+            part.requires_grad_(True)
+            return list(part.parameters())
+        alpha = recipe.alpha or recipe.rank
+        added = adapters.add_adapter(part, layers, rank=recipe.rank, alpha=alpha, dora=recipe.dora, seed=recipe.seed)
+        for weight in added:
+            weight.data = weight.data.float()
+        return added
 
     def __exit__(self, *_: object) -> None:
         """Leave the model as it was: without adapters, with its own weights and its plan."""
