@@ -42,7 +42,7 @@ LICENCES = {
     for licence in (
         Licence(
             "Apache-2.0", ALLOWED, "no word on outputs", "https://www.apache.org/licenses/LICENSE-2.0", "2026-11-24",
-            (r"flux.?1.?schnell", r"flux.?2.?klein.?4b", r"qwen.?image", r"(^|\W)z.?image", r"auraflow"),
+            (r"flux.?1.?schnell", r"flux.?2.?klein.?4b", r"qwen.?image", r"(^|\W)z.?image", r"auraflow", r"^emoji$"),
         ),
         Licence("MIT", ALLOWED, "no word on outputs", "https://opensource.org/license/mit", "2026-11-24", (r"hidream",)),
         Licence(

@@ -194,6 +194,8 @@ def file_fault(path: Path) -> str | None:
 def _other_kind(start: bytes) -> str | None:
     """Return what a file is that begins like this, if it cannot be safetensors."""
     text = start.lstrip().lower()
+    if start[8:9] == b"{":
+        return None  # eight bytes of a length, which may look like any of these, and the header
     if not start:
         return f"it is empty; {AGAIN}"
     if start.startswith(b"version https://git-lfs"):

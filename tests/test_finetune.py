@@ -156,7 +156,7 @@ def test_a_lora_that_matches_nothing_is_an_error(model, tmp_path):
     with pytest.raises(ModelError, match="is no LoRA"):
         model.add_lora(tmp_path / "y.safetensors")
     (tmp_path / "z.safetensors").write_text("<html>")
-    with pytest.raises(ModelError, match="no safetensors file that can be read"):
+    with pytest.raises(ModelError, match="it is a web page, not weights"):
         model.add_lora(tmp_path / "z.safetensors")
     with pytest.raises(ModelError, match="no LoRA"):
         model.add_lora(tmp_path / "none.safetensors")
@@ -347,7 +347,7 @@ def test_averages_are_what_is_rendered_and_kept(model, folder, trained, tmp_path
 
 def test_less_memory_by_checkpointing_changes_no_bit(model, folder, trained, tmp_path):
     unet, calls = model.pipeline.unet, []
-    hook = unet.mid_block.resnets[0].register_forward_hook(lambda *_: calls.append(1))
+    hook = unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         made = imagegen.finetune(model, folder, tmp_path, **SETTINGS | {"gradient_checkpointing": True})
     finally:

@@ -60,6 +60,13 @@ def test_a_web_page_is_no_weight_file(folder):
     assert "cannot be read" in weights.check_weights(folder)["unet/w.safetensors"][0]
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(tmp_path, length):
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    (tmp_path / "w.safetensors").write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert weights.read_header(tmp_path / "w.safetensors")["a"].shape == (1,)
+
+
 def test_no_weights_at_all(tmp_path):
     with pytest.raises(ModelError, match=r"holds no \.safetensors"):
         weights.check_weights(tmp_path)
