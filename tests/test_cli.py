@@ -340,6 +340,9 @@ def test_generate_grows_a_picture(loaded, capsys):
         (["--control-model", "nowhere"], "no ControlNet 'nowhere'"),
         (["--style", "nowhere.safetensors"], "no IP-Adapter 'nowhere.safetensors'"),
         (["--true-guidance", "3"], "takes no true_guidance"),
+        (["--long-prompt"], "long_prompt is for Stable Diffusion and SDXL"),
+        (["--control-weight", "1"], "control_weight needs control"),
+        (["--style-weight", "1"], "style_weight needs style_image"),
     ],
 )
 def test_generate_says_what_a_model_cannot_follow(loaded, capsys, given, says):

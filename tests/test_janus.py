@@ -9,6 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from hub_cache import COMMIT, fill_cache
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -271,12 +272,29 @@ def test_a_decoder_from_elsewhere(flow, copied, tmp_path):
     (tmp_path / "other" / "vae").mkdir(parents=True)
     with pytest.raises(imagegen.ModelError, match="give the folder of a decoder"):
         imagegen.load(folder, vae=tmp_path / "other")
+    (decoder,) = (tmp_path / "decoder").glob("*.safetensors")
+    with pytest.raises(imagegen.ModelError, match="is one file: for JanusFlow give the folder"):
+        imagegen.load(folder, vae=decoder)
     apart = imagegen.load(folder, vae=tmp_path / "decoder")
     assert same(draw(apart).images[0], draw(flow).images[0])
     assert apart.hashes == flow.hashes
     path = draw(apart).save(tmp_path)[0]
     assert imagegen.replay(path).same  # finds the decoder again
     assert same(draw(imagegen.load(folder, vae=FLOW)).images[0], draw(flow).images[0])  # a folder that holds one as vae/
+
+
+def test_from_the_hub_the_decoder_too(either, copied, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = copied(FLOW if either.family.name == "janusflow" else PRO)
+    if either.family.name == "janusflow":
+        fill_cache(tmp_path / "hub", "stabilityai/sdxl-vae", folder / "vae")
+        shutil.rmtree(folder / "vae")
+    fill_cache(tmp_path / "hub", "deepseek-ai/a-janus", folder)
+    where = {"vae": "stabilityai/sdxl-vae"} if either.family.name == "janusflow" else {}
+    found = imagegen.load("deepseek-ai/a-janus", local_files_only=True, **where)
+    made = draw(found)
+    assert same(made.images[0], draw(either).images[0])
+    assert made.pictures[0].receipt.model["revision"] == COMMIT
 
 
 def test_the_file_of_weights_stands_for_its_folder(flow):

@@ -64,7 +64,7 @@ def test_a_short_prompt_is_stock_even_as_a_long_one(model_of):
 
 
 def test_where_weights_are_unknown_they_are_said_to_be_words(model_of, stock_of):
-    with pytest.warns(UserWarning, match="weights are read as plain words: stable-diffusion-3 knows no weights"):
+    with pytest.warns(UserWarning, match="weights are read as plain words: stable-diffusion-3 reads neither"):
         mine = model_of("sd3")("a (red:1.3) apple", **SETTINGS).images[0]
     assert_identical(mine, stock_of("sd3")("a (red:1.3) apple", generator=seeded(1), **WORDS).images[0])
     with pytest.raises(imagegen.RequestError, match="long_prompt is for Stable Diffusion and SDXL"):

@@ -293,6 +293,8 @@ def find_vae(folder: Path) -> Path:
     Raises:
         ModelError: there is none.
     """
+    if folder.is_file():
+        raise ModelError(f"vae={str(folder)!r} is one file: for JanusFlow give {VAE_WANTED}")
     for found in (folder / "vae", folder):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             if json.loads((found / "config.json").read_text(encoding="utf-8")).get("_class_name") == "AutoencoderKL":

@@ -31,7 +31,7 @@ def why_not(pipeline: Any, family: Family) -> str | None:
     """Return why weights are not understood here; None where they are."""
     clip = type(pipeline.components.get("text_encoder")).__name__.startswith("CLIP")
     if family.pipeline not in COMPEL or not clip:
-        return f"{family.name} knows no weights"
+        return f"{family.name} reads neither weights nor long prompts"
     return None if find_spec("compel") else f"weights need {NEEDED}"
 
 
