@@ -161,7 +161,8 @@ class Model(Variations, Guides):
             raise
 
     def _apply(self, plan: Plan) -> AppliedPlan:
-        return AppliedPlan(plan, self.pipeline, self._kept, rungs(self.pipeline.device)[self._rung].levers)
+        memory = rungs(self.pipeline.device)[self._rung].levers
+        return AppliedPlan(plan, self.pipeline, self._kept, memory, self.folder, lambda: self.hashes)
 
     def _make_room(self, reason: str, back_to: tuple[int, str]) -> None:
         """Go down to the next rung of memory levers that the plan allows, and say so.

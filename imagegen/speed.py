@@ -9,8 +9,10 @@ import contextlib
 import re
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
@@ -173,7 +175,15 @@ class AppliedPlan:
         left_out: those that cannot engage here, with the reason; only where a tier chose them.
     """
 
-    def __init__(self, plan: Plan, pipeline: Any, kept: dict[Any, Any] | None = None, memory: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        pipeline: Any,
+        kept: dict[Any, Any] | None = None,
+        memory: tuple[str, ...] = (),
+        folder: Path | None = None,
+        hashes: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         """Apply a plan; on an error nothing stays changed.
 
         Args:
@@ -181,6 +191,8 @@ class AppliedPlan:
             pipeline: the diffusers pipeline.
             kept: of the plans before on the same pipeline, so that what was compiled is found again.
             memory: levers that make the model fit, besides the plan's own; nobody named them.
+            folder: where the model's files are, if there are any.
+            hashes: returns the SHA-256 of its weight files by name.
 
         Raises:
             PlanError: a lever that the user named cannot engage; the message says why and the way out.
@@ -190,14 +202,14 @@ class AppliedPlan:
         self.levers: list[Lever] = []
         self.left_out: list[tuple[Lever, str]] = []
         self._pipeline = pipeline
-        self._kept = kept
+        self._target = partial(Target, pipeline, kept, folder, hashes)
         self._lock = threading.Lock()
         self._runs = 0
         self._apply()
 
     def _apply(self) -> None:
         self.levers, self.left_out = [], []
-        target = Target(self._pipeline, self._kept)  # anew each time: a component may have been replaced
+        target = self._target()  # anew each time: a component may have been replaced
         try:
             for lever in replace(self.plan, levers=self.plan.levers + self.memory).build():
                 reason = getattr(self._pipeline, "unfit_levers", {}).get(lever.name) or lever.requires(target)

@@ -18,8 +18,10 @@ from imagegen.families import adapters
 from imagegen.families.conditioning import predict
 from imagegen.finetune import distillation, lessons
 from imagegen.finetune.trajectory import Teacher, Trajectories
+from imagegen.levers import Target
 from imagegen.licences import licence_of
 from imagegen.sampling import follow_teacher, levels_of, make_deterministic
+from imagegen.speed import make_lever
 
 TINY = {"student_steps": 2, "teacher_steps": 4, "guidance": 3.0, "num_trajectories": 3, "prompts": ("a b", "c")}
 SETTINGS = TINY | {"num_steps": 4, "batch_size": 2, "rank": 2, "save_every": 2, "warmup": 1, "ema": 0.5}
@@ -242,6 +244,13 @@ def test_a_student_of_other_weights_or_none_is_refused(clip, model, student, tmp
     with pytest.raises(PlanError, match="is no student"):
         model.set_plan(f"student(file={model.folder / 'vae'})")
     assert model.plan.name == "exact" and clip.plan.name == "exact"
+
+
+def test_a_student_knows_its_teachers_weights_by_content_whatever_file_they_are_in(clip, student):
+    lever = make_lever(f"student(file={student[1].folder})")
+    (unet,) = (value for name, value in clip.hashes.items() if name.startswith("unet/"))
+    assert lever.requires(Target(clip.pipeline, hashes=lambda: {"moved.safetensors": unet})) is None
+    assert "other weights" in lever.requires(Target(clip.pipeline, hashes=lambda: {"moved.safetensors": "0" * 64}))
 
 
 def test_turbo_is_the_student_in_the_models_own_folder(clip, student):

@@ -8,9 +8,10 @@ import ast
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -47,11 +48,21 @@ class Target:
         denoiser: the module that the pipeline calls at every step.
         worker: the module that computes: the denoiser, or a copy of it in another precision.
         kept: what levers want to find again when a plan comes back, such as compiled code.
+        folder: where the model's files are; None where it has none.
+        hashes: a function that returns the SHA-256 of the model's weight files by name.
     """
 
-    def __init__(self, pipeline: Any, kept: dict[Any, Any] | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        kept: dict[Any, Any] | None = None,
+        folder: Path | None = None,
+        hashes: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         """Point at a pipeline; nothing is changed."""
         self.pipeline = pipeline
+        self.folder = folder
+        self.hashes = hashes
         self.kept = {} if kept is None else kept
         self.denoiser = denoiser_of(pipeline)
         self.worker = self.denoiser

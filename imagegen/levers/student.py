@@ -13,7 +13,7 @@ from imagegen.levers.compute import _OnACopy
 from imagegen.levers.lever import RunFacts, Target
 from imagegen.request import ModelError, RequestError
 from imagegen.sampling import STAND_IN, follow_teacher, has_known_levels, prediction_of
-from imagegen.weights import hash_file, hash_weights
+from imagegen.weights import hash_file
 
 FILE = "turbo.safetensors"
 
@@ -42,13 +42,12 @@ class Student(_OnACopy):
             return str(error)
         wanted = facts["model_sha256"]
         denoisers = {name: value for name, value in wanted.items() if name.startswith(("unet/", "transformer/"))}
-        own = hash_weights(Path(target.pipeline.name_or_path))
-        if any(own.get(name) != value for name, value in (denoisers or wanted).items()):
+        if not set((denoisers or wanted).values()) <= set(target.hashes().values()):
             return f"the student {str(file)!r} was distilled from other weights than this model's: distil it again"
         return None
 
     def _find(self, target: Target) -> Path:
-        for place in (Path(self.file), Path(target.pipeline.name_or_path or ".") / self.file):
+        for place in (Path(self.file), (target.folder or Path()) / self.file):
             files = (
                 [place] if place.is_file() else [place / name for name in (adapters.FILE, "diffusion_pytorch_model.safetensors")]
             )
