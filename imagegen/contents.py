@@ -11,6 +11,7 @@ from imagegen.weights import TensorFacts
 
 WHOLE = "whole"  # a whole model in one file
 DENOISER = "denoiser"  # its UNet or transformer alone
+QUANTISED = "quantised"  # a model whose values are not what its tensors hold
 OTHER = "other"  # no model
 OTHERWISE = ("edm_mean", "v_pred")  # tensors that mark a scheduler other than the layout's, as of Playground 2.5
 UNET_INPUT = "model.diffusion_model.input_blocks.0.0.weight"
@@ -36,6 +37,7 @@ class Contents:
         use: how to use it, in words.
         layout: of a model: `sd1`, `sd2`, `sdxl`, `sd3`, `flux`, …; empty where it is not known by name.
         parts: of a whole model: which keys of `PARTS` it has.
+        guided: whether guidance is an input of its denoiser.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Contents:
     use: str = ""
     layout: str = ""
     parts: frozenset[str] = frozenset()
+    guided: bool = False
 
 
 Names = Mapping[str, TensorFacts]
@@ -68,20 +71,22 @@ def _is_embedding(names: Names) -> bool:
 
 
 _LORA = _any(
-    r"\.lora_(up|down|A|B)\b", r"^lora_(unet|te|transformer)", r"\.lora\.(up|down)\b", r"\.(hada_w1|lokr_w1|lora_magnitude)"
-)
+    r"\.lora_(up|down|A|B)\b", r"^lora_(unet|te|transformer)", r"[._]lora\d?\.(up|down)\b",
+    r"\.(hada_w1|lokr_w1|lora_magnitude)",
+)  # fmt: skip
 # In this order: what is added to a model is often named after the model's own layers.
 ADDITIONS: tuple[tuple[Callable[[Names], bool], str, str], ...] = (
     (_LORA, "a LoRA", "load the model that it was made for, then model.add_lora(file), or --lora FILE"),
     (
         _any(r"^ip_adapter\.", r"^image_proj\.(proj|latents|norm)"),
         "an IP-Adapter",
-        "load the model, then model.pipeline.load_ip_adapter(folder, subfolder, file)",
+        "load the model, then model.add_style(file, image_encoder=folder), or --style FILE --style-encoder FOLDER",
     ),
     (
         _any(r"^control_model\.", "controlnet_cond_embedding", r"^controlnet_(blocks|down_blocks)", "input_hint_block"),
         "a ControlNet",
-        "it steers a model and is none: diffusers' ControlNetModel.from_single_file and the ControlNet pipelines take it",
+        "load the model that it steers, then model.add_control(folder), or --control-model; "
+        "one file becomes a folder by diffusers' ControlNetModel.from_single_file and save_pretrained",
     ),
     (_any(r"motion_modules\."), "a motion module (AnimateDiff)", "it makes films, which this version does not"),
     (_any(r"^adapter\.body\.", r"^body\.\d+\.block[12]\."), "a T2I-Adapter", "diffusers' T2IAdapter and its pipelines take it"),
@@ -110,13 +115,28 @@ COMPONENTS: tuple[tuple[Callable[[Names], bool], str, str], ...] = (
         "give its folder to the lever: plan='tiny-decoder(folder=…)'",
     ),
     (
-        _any(r"^(text_model|text_encoder\.|vision_model).*layers\.\d+\.", r"^encoder\.layers\.\d+\.self_attn"),
+        _any(_VAE + r"decoder\.(conv_in|conv1)"),
+        "a decoder of latents without its encoder",
+        "give it as vae= in a whole VAE: pictures are read as well as drawn",
+    ),
+    (
+        _any(r"^vision_gen_(enc|dec)_model\.", r"^gen_vision_model\."),
+        "the weights of a Janus model",
+        "give the folder that also holds its config.json and its tokenizer",
+    ),
+    (
+        _any(r"^(vision_model|visual)\..*(layers|resblocks)\.\d+\."),
+        "an image encoder (CLIP vision)",
+        "an IP-Adapter reads pictures through it: give its folder as image_encoder= of model.add_style, or --style-encoder",
+    ),
+    (
+        _any(r"^(text_model|text_encoder\.).*layers\.\d+\.", r"^encoder\.layers\.\d+\.self_attn"),
         "a text encoder (CLIP)",
         PART,
     ),
-    (_any(r"^(encoder\.)?block\.\d+\.layer\.\d+\.SelfAttention"), "a text encoder (T5)", PART),
+    (_any(r"^(encoder\.)?block\.\d+\.layer\.\d+\.SelfAttention", r"^enc\.blk\.\d+\."), "a text encoder (T5)", PART),
     (_any(r"resblocks\.\d+\.attn\.in_proj_weight"), "a text encoder (OpenCLIP)", PART),
-    (_any(r"^(model\.|language_model\.)?layers\.\d+\.self_attn\.q_proj"), "a language model", PART),
+    (_any(r"^(model\.|language_model\.)?layers\.\d+\.self_attn\.q_proj", r"^blk\.\d+\."), "a language model", PART),
 )
 _BLOCKS = r"(^|diffusion_model\.)(blocks|layers)\.\d+\.\w*(attn|attention)"
 DENOISERS: tuple[tuple[Callable[[Names], bool], str, str], ...] = (
@@ -141,18 +161,46 @@ def identify(names: Names) -> Contents:
     for test, what, use in ADDITIONS:
         if test(names):
             return Contents(OTHER, what, use)
-    found = _layout(names)
+    found, how = _layout(names), quantisation_of(names)
+    if found and how:
+        return Contents(
+            QUANTISED, f"{found[0]}, quantised ({how}) in a way that is not read", "take a .gguf, or float16 or bfloat16"
+        )
     parts = frozenset(part for part, prefixes in PARTS.items() if any(name.startswith(prefixes) for name in names))
     if found and "denoiser" in parts and len(parts) > 1:
-        return Contents(WHOLE, _title(found, names), "", found[1], parts)
+        return Contents(WHOLE, _title(found, names), "", found[1], parts, _is_guided(names))
     if not found or not any(name.startswith(PARTS["denoiser"]) for name in names):
         for test, what, use in COMPONENTS:
             if test(names):
                 return Contents(OTHER, what, use)
     if found:
-        return Contents(DENOISER, f"{found[0]} alone", "", found[1])
+        return Contents(DENOISER, f"{found[0]} alone", "", found[1], guided=_is_guided(names))
     first = min(names, default="none")
     return Contents(OTHER, f"of no kind known here (its first tensor is {first!r})", "give a diffusers folder, or a model's file")
+
+
+_is_guided = _any(r"(^|\.)guidance_in\.", r"guidance_embedder\.")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "GGUF")
+_QUANTISATIONS = (
+    ("scaled float8", _any(r"(^|\.)scaled_fp8$", r"\.(scale_(weight|input)|(weight|input)_scale(_2|_inv)?)$")),
+    ("bitsandbytes", _any(r"\.(absmax|quant_map|quant_state\b.*|SCB)$")),
+    ("GPTQ or AWQ", _any(r"\.(qweight|qzeros)$")),
+)
+
+
+def quantisation_of(names: Names) -> str | None:
+    """Return how weights are quantised, in words; None where tensors hold the values themselves, and of GGUF files.
+
+    Args:
+        names: of the tensors, with their dtypes and shapes.
+    """
+    for what, test in _QUANTISATIONS:
+        if test(names):
+            return what
+    whole = [
+        facts for name, facts in names.items() if name.endswith("weight") and len(facts.shape) > 1 and facts.dtype not in _FLOATS
+    ]
+    return f"weights of dtype {whole[0].dtype}" if whole else None
 
 
 def _layout(names: Names) -> tuple[str, str] | None:

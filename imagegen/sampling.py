@@ -91,6 +91,26 @@ def make_scheduler(own: Any, name: str | None) -> Any:
     return getattr(diffusers, class_name).from_config(own.config, **overrides)
 
 
+def draw_from(scheduler: Any, generators: Any) -> None:
+    """Let a scheduler that draws noise draw each picture's from its own generator, where its pipeline hands it none.
+
+    Those of flow-matching pipelines don't; diffusers' flow-matching LCM would draw from torch's own.
+
+    Args:
+        scheduler: of one run.
+        generators: one for each picture, or a single one.
+    """
+    if scheduler is None or not type(scheduler).__name__.startswith("FlowMatch"):
+        return
+    compute = scheduler.step
+
+    @wraps(compute)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return compute(*args, **({"generator": generators} | kwargs))
+
+    scheduler.step = step
+
+
 def predicted_original(scheduler: Any, latents: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
     """Return the guess of the finished latents after a step: the scheduler's own where it keeps one.
 

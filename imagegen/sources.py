@@ -11,7 +11,7 @@ from typing import Any
 
 from imagegen import hub
 from imagegen.catalog import CARDS, EMBEDDED, embedded_folder
-from imagegen.contents import DENOISER, WHOLE, Contents, identify, is_plain
+from imagegen.contents import DENOISER, OTHER, WHOLE, Contents, identify, is_plain
 from imagegen.request import ModelError
 from imagegen.weights import AGAIN, PICKLES, component_weights, list_weights, read_header
 
@@ -150,7 +150,8 @@ def _find_file(name: str, path: Path, base: str | Path | None, vae: Source | Non
     """Find a model in one file, and the base that has the rest."""
     contents = read_contents(path)
     if contents.kind not in (WHOLE, DENOISER):
-        raise ModelError(f"{name!r} is {contents.what}, not a model: {contents.use}")
+        no_model = ", not a model" if contents.kind == OTHER else ""
+        raise ModelError(f"{name!r} is {contents.what}{no_model}: {contents.use}")
     given = _built_in(name, path, contents) if base is None else _find_base(base, local_files_only)
     return Source(name, path, contents=contents, base=given, vae=vae)
 

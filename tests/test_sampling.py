@@ -6,6 +6,7 @@ import pytest
 from test_families import assert_identical, seeded, side
 
 import imagegen
+from imagegen.fidelity import max_difference
 from imagegen.sampling import FLOW_MATCH_SCHEDULERS, SCHEDULERS
 
 
@@ -31,3 +32,11 @@ def test_a_model_that_matches_flows_takes_the_schedulers_made_for_it(name, sched
     assert np.array_equal(np.asarray(made), np.asarray(own)) == (scheduler == "euler")
     with pytest.raises(imagegen.RequestError, match="'euler a' is not for models that match flows, as this one: it takes euler"):
         model_of(name)("a cat", scheduler="euler a", **settings)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_scheduler_that_draws_noise_draws_it_from_each_pictures_seed(name, model_of):
+    settings = {"scheduler": "lcm", "num_steps": 3, "guidance": 1, **side(name)}
+    alone = model_of(name)("a cat", seed=2, **settings).images[0]
+    assert_identical(alone, model_of(name)("a cat", seed=2, **settings).images[0])
+    assert max_difference(alone, model_of(name)("a cat", seed=1, num_images=2, **settings).images[1]) <= 1

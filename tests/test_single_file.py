@@ -62,7 +62,7 @@ def test_a_file_without_text_encoders_takes_its_bases(written, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd3"])
-@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("layout", ["original", "bare", "diffusers"])
 def test_a_denoiser_alone(written, tmp_path, name, layout):
     folder, file = written(name)
     path = tmp_path / "denoiser.safetensors"
@@ -70,7 +70,9 @@ def test_a_denoiser_alone(written, tmp_path, name, layout):
         part = "unet" if name == "sd1" else "transformer"
         shutil.copy(folder / part / "diffusion_pytorch_model.safetensors", path)
     else:
-        save_file({key: value for key, value in load_file(file).items() if key.startswith("model.")}, path)
+        prefix = "model.diffusion_model."
+        own = {key: value for key, value in load_file(file).items() if key.startswith(prefix)}
+        save_file({key.removeprefix(prefix if layout == "bare" else ""): value for key, value in own.items()}, path)
     model, other = imagegen.load(path, base=folder), imagegen.load(folder)
     assert_same_weights(model.pipeline, other.pipeline)
     assert_same(draw(aligned(model)), draw(aligned(other)))
@@ -92,8 +94,32 @@ def test_a_decoder_in_the_original_layout(written, tmp_path, name):
 def test_a_file_of_another_size_than_its_base(written):
     with pytest.raises(imagegen.ModelError, match=r"sd1\.safetensors' cannot be loaded"):
         imagegen.load(written("sd1")[1])  # the base that ships with the package is Stable Diffusion 1's
-    with pytest.raises(imagegen.ModelError, match="cannot be loaded"):
+    with pytest.raises(imagegen.ModelError, match="is a StableDiffusionXLPipeline: give"):
         imagegen.load(written("sd1")[1], base=written("sdxl")[0])
+
+
+def test_a_base_of_another_kind(written, folder_of, model_of, tmp_path):
+    for name, base in (("sd1", "sd3"), ("sd3", "sd1.5"), ("sd1", "sdxl")):
+        with pytest.raises(
+            imagegen.ModelError, match=r"is a Stable Diffusion . model, and base=.* is a StableDiffusion.*: give the model"
+        ):
+            imagegen.load(written(name)[1], base=folder_of(base))
+    for name, base, says in (
+        ("flux", "flux-schnell", "is guided by an input, as"),
+        ("flux-schnell", "flux", "is not guided, as"),
+    ):
+        save_file(layouts.flux_transformer(model_of(name).pipeline.transformer), tmp_path / "flux.safetensors")
+        with pytest.raises(imagegen.ModelError, match=rf"{says} FLUX.*, and base="):
+            imagegen.load(tmp_path / "flux.safetensors", base=folder_of(base))
+
+
+def test_a_base_without_what_the_file_lacks_is_named(written, folder_of, tmp_path):
+    own = {name: value for name, value in load_file(written("sd1")[1]).items() if not name.startswith("cond_stage_model.")}
+    save_file(own, tmp_path / "part.safetensors")
+    base = shutil.copytree(folder_of("sd1.5"), tmp_path / "base")
+    (base / "text_encoder/model.safetensors").unlink()
+    with pytest.raises(imagegen.ModelError, match=r"holds no text_encoder, and neither does base='.*base': give another base="):
+        imagegen.load(tmp_path / "part.safetensors", base=base)
 
 
 def test_a_file_that_lacks_what_no_base_has(written, tmp_path):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from hub_cache import COMMIT, fill_cache, serve
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -199,6 +199,29 @@ def test_variant(folder_of, model_of, tmp_path):
         for file in folder.glob("*/*model.safetensors"):
             file.unlink()
         imagegen.load(folder)
+
+
+def test_a_decoder_stands_in_for_one_that_is_missing(folder_of, tmp_path):
+    whole = imagegen.load(folder_of("sd1.5"))
+    folder = shutil.copytree(folder_of("sd1.5"), tmp_path / "model")
+    vae = shutil.move(folder / "vae", tmp_path / "vae")
+    assert_same_weights(imagegen.load(folder, vae=vae).pipeline, whole.pipeline)
+    with pytest.raises(imagegen.ModelError, match=r"is one file, and .*vae' has no config\.json for it: give a decoder.s folder"):
+        imagegen.load(folder, vae=vae / "diffusion_pytorch_model.safetensors")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    assert_same_weights(imagegen.load(folder, vae=vae).pipeline, whole.pipeline)
+
+
+def test_a_component_that_was_saved_as_none_stays_none(folder_of, tmp_path):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder_of("sd3"), text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(tmp_path)
+    model = imagegen.load(tmp_path, dtype="float32")
+    assert model.pipeline.text_encoder_3 is None
+    settings = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 2.0}
+    theirs = pipeline("a cat", generator=torch.Generator().manual_seed(1), **settings).images[0]
+    mine = model("a cat", seed=1, width=64, height=64, num_steps=2, guidance=2.0).images[0]
+    assert mine.tobytes() == theirs.tobytes()
 
 
 def test_a_decoder_of_its_own(folder_of, model_of, tmp_path):

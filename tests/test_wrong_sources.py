@@ -100,6 +100,20 @@ def mix_dtypes(folder):
     save_file(tensors, folder / UNET)
 
 
+def scale_to_float8(folder):
+    tensors = load_file(folder / UNET)
+    save_file(tensors | {"conv_in.scale_weight": np.ones(1, np.float32)}, folder / UNET)
+
+
+def add_tensor(folder):
+    save_file(load_file(folder / UNET) | {"guidance_embedder.weight": np.ones((2, 2), np.float32)}, folder / UNET)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def drop_tensor(folder):
     tensors = load_file(folder / UNET)
     del tensors["conv_out.bias"]
@@ -130,7 +144,23 @@ FOLDERS = {
         r"text_encoder' lacks \d+ tensors of a CLIPTextModel",
     ),
     "another component's weights": (lambda f: shutil.copy(f / "vae" / UNET[5:], f / UNET), r"unet' lacks \d+ tensors"),
-    "whole numbers for weights": (mix_dtypes, r"unet' mixes dtypes: 'conv_in\.weight' is I8"),
+    "whole numbers for weights": (mix_dtypes, r"unet' is quantised \(weights of dtype I8\)"),
+    "float8 with scales": (scale_to_float8, r"unet' is quantised \(scaled float8\) by a tool that its config.json does not name"),
+    "a tensor too many": (
+        add_tensor,
+        r"unet' holds 1 tensors that a UNet2DConditionModel .* has not, 'guidance_embedder\.weight'",
+    ),
+    "a tokenizer of no words": (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "tokenizer' holds no words"),
+    "an empty tokenizer": (lambda f: empty(f / "tokenizer"), "tokenizer' holds no words"),
+    "a tokenizer without settings": (
+        lambda f: (f / "tokenizer/tokenizer_config.json").unlink(),
+        r"tokenizer' lacks tokenizer_config\.json",
+    ),
+    "attention from the hub": (
+        lambda f: edit(f / "text_encoder/config.json", _attn_implementation="org/kernel"),
+        "asks for _attn_implementation='org/kernel', code from the hub",
+    ),
+    "a block that is not there": (lambda f: edit(f / "unet/config.json", down_block_types=["X"]), "unet' cannot be loaded"),
     "a class that is not there": (
         lambda f: edit(f / "model_index.json", unet=["diffusers", "UNet9DModel"]),
         r"names diffusers\.UNet9DModel for unet, a class that this diffusers has not",
@@ -164,6 +194,8 @@ def test_broken_folders(broken, fault):
     damage, says = FOLDERS[fault]
     damage(broken)
     refuse(broken, says)
+    refuse(broken, says, dtype="bfloat16")
+    assert torch.get_default_dtype() == torch.float32  # or every model after this one would draw other pictures
 
 
 def test_no_code_that_comes_with_weights_is_run(broken, tmp_path, monkeypatch):
@@ -208,6 +240,15 @@ ADDITIONS = {
     "a LoRA": of("unet.down_blocks.0.attentions.0.to_q.lora_A.weight", "unet.down_blocks.0.attentions.0.to_q.lora_B.weight"),
     "a LoRA ": of("lora_unet_down_blocks_0_attentions_0_to_q.lora_down.weight", "lora_te_text_model_encoder_0.alpha"),
     "a LoRA  ": of("lora_unet_double_blocks_0_img_attn.hada_w1_a"),
+    "a LoRA   ": of("down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight"),
+    "a LoRA    ": of("double_blocks.0.processor.proj_lora1.down.weight"),
+    "an image encoder": of("vision_model.encoder.layers.0.self_attn.q_proj.weight", "visual_projection.weight"),
+    "a decoder of latents without its encoder": of("decoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.conv1.weight"),
+    "the weights of a Janus model": of(
+        "vision_gen_enc_model.conv_in.weight", "language_model.model.layers.0.self_attn.q_proj.weight"
+    ),
+    "a text encoder  ": of("enc.blk.0.attn_q.weight", "token_embd.weight"),
+    "a language model ": of("blk.0.attn_q.weight", "token_embd.weight"),
     "a VAE": of("first_stage_model.encoder.conv_in.weight", "first_stage_model.decoder.conv_in.weight"),
     "a VAE ": of("encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"),
     "a tiny VAE": of("encoder.layers.0.weight", "decoder.layers.1.weight"),
@@ -226,11 +267,14 @@ ADDITIONS = {
 }
 USES = {
     "a LoRA": r"model\.add_lora\(file\), or --lora",
+    "an image encoder": "--style-encoder",
+    "a decoder of latents without its encoder": "whole VAE",
+    "the weights of a Janus model": r"config\.json and its tokenizer",
     "a VAE": "vae=",
     "a tiny VAE": "tiny-decoder",
-    "a ControlNet": "ControlNet pipelines",
+    "a ControlNet": r"model\.add_control\(folder\)",
     "a textual inversion embedding": "load_textual_inversion",
-    "an IP-Adapter": "load_ip_adapter",
+    "an IP-Adapter": r"model\.add_style\(file",
     "a text encoder": "folder of the whole model",
     "a language model": "folder of the whole model",
     "an upscaler": r"model\.upscale",
@@ -275,6 +319,23 @@ WHOLE = {
 @pytest.mark.parametrize("what", WHOLE)
 def test_a_whole_model_without_a_base_here(tmp_path, what):
     refuse(write(tmp_path / "file.safetensors", of(*WHOLE[what], "first_stage_model.x")), rf"is {what}.*give base=")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"double_blocks.0.img_attn.scale_weight": (1,), "scaled_fp8": (1,)}, "scaled float8"),
+        ({"double_blocks.0.img_attn.proj.weight.absmax": (4,)}, "bitsandbytes"),
+    ],
+)
+def test_a_quantised_file_is_not_read_as_values(tmp_path, more, says):
+    file = write(tmp_path / "file.safetensors", DENOISERS["a FLUX.1 transformer alone"] | more)
+    refuse(file, rf"is a FLUX\.1 transformer, quantised \({says}\) in a way that is not read: take a \.gguf")
+
+
+def test_weights_of_whole_numbers_are_not_read_as_values(tmp_path):
+    save_file({"double_blocks.0.img_attn.proj.weight": np.zeros((4, 4), np.int8)}, tmp_path / "file.safetensors")
+    refuse(tmp_path / "file.safetensors", r"quantised \(weights of dtype I8\)")
 
 
 def test_a_model_with_a_scheduler_of_its_own_asks_for_its_base(tmp_path):

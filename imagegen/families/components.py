@@ -6,12 +6,13 @@ Only classes of diffusers and transformers are taken: no code that comes with we
 import contextlib
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from imagegen.contents import quantisation_of
 from imagegen.families.libraries import quiet
 from imagegen.families.paging import pages_given_back
 from imagegen.request import ModelError
@@ -25,12 +26,13 @@ DTYPES = {
 }  # fmt: skip
 
 
-def classes_of(folder: Path, index: dict[str, Any]) -> dict[str, type]:
+def classes_of(folder: Path, index: dict[str, Any], without: Collection[str] = ()) -> dict[str, type]:
     """Return the class of every component that a model's index names.
 
     Args:
         folder: of the model.
         index: its `model_index.json`.
+        without: components that may be missing.
 
     Raises:
         ModelError: a class is not one of diffusers or transformers, or a folder is missing.
@@ -38,7 +40,7 @@ def classes_of(folder: Path, index: dict[str, Any]) -> dict[str, type]:
     found = {}
     for name, (library, kind) in components_of(folder, index).items():
         found[name] = _find_class(folder, name, library, kind)
-        if not (folder / name).is_dir():
+        if name not in without and not (folder / name).is_dir():
             raise ModelError(f"{str(folder)!r} lacks {name}/, which its model_index.json names: copy or download it again")
     return found
 
@@ -59,6 +61,24 @@ def _find_class(folder: Path, name: str, library: str, kind: str) -> type:
         place = library if known else "diffusers"
         raise ModelError(f"{str(folder)!r} names {library}.{kind} for {name}, a class that this {place} has not: update it")
     return found
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer's folder without its words or its settings: its library would make one that reads nothing.
+
+    Raises:
+        ModelError: they are missing.
+    """
+    names = {path.name for path in folder.iterdir()}
+    has_words = bool(names & {"tokenizer.json", "vocab.txt"}) or names >= {"vocab.json", "merges.txt"}
+    has_words = has_words or any(name.endswith((".model", ".tiktoken")) for name in names)
+    if not has_words:
+        raise ModelError(
+            f"{str(folder)!r} holds no words (tokenizer.json, vocab.json and merges.txt, or a .model file): "
+            "copy or download it again"
+        )
+    if "tokenizer_config.json" not in names:
+        raise ModelError(f"{str(folder)!r} lacks tokenizer_config.json: copy or download it again")
 
 
 def has_weights(kind: type) -> bool:
@@ -93,7 +113,8 @@ def load_component(folder: Path, kind: type, dtype: torch.dtype | None, variant:
     names: dict[str, TensorFacts] = {}
     for file in files:
         names |= read_header(file)
-    _check_dtypes(folder, names)
+    config = read_config(folder)
+    _check_dtypes(folder, config, names)
     stored = stored_in(files[0])
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     if variant and any(f".{variant}" in file.name for file in files):
@@ -109,7 +130,33 @@ def load_component(folder: Path, kind: type, dtype: torch.dtype | None, variant:
             f"{str(folder)!r} lacks {len(lacking)} tensors of a {kind.__name__}, {lacking[0]!r} among them: "
             "its weights and its config.json are of different models"
         )
+    surplus = sorted(info["unexpected_keys"]) if issubclass(kind, diffusers.ModelMixin) and not hasattr(kind, "decode") else []
+    if surplus:  # of text encoders and decoders, files often hold more than is used
+        raise ModelError(
+            f"{str(folder)!r} holds {len(surplus)} tensors that a {kind.__name__} of its config.json has not, {surplus[0]!r} "
+            "among them: its weights and its config.json are of different models"
+        )
     return module
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a component's configuration, empty where the libraries will say what is wrong with it.
+
+    Raises:
+        ModelError: it asks for code from elsewhere.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    config = config if isinstance(config, dict) else {}
+    for name, value in config.items():
+        if "attn_implementation" in name and "/" in str(value):
+            raise ModelError(
+                f"{str(folder / 'config.json')!r} asks for {name}={value!r}, code from the hub: "
+                "code that comes with weights is not run"
+            )
+    return config
 
 
 def no_values(module: torch.nn.Module) -> list[str]:
@@ -117,26 +164,20 @@ def no_values(module: torch.nn.Module) -> list[str]:
     return [name for name, value in module.state_dict().items() if value.is_meta]
 
 
-def _check_dtypes(folder: Path, names: dict[str, TensorFacts]) -> None:
-    """Refuse weights of whole numbers whose configuration says nothing of quantisation: they would be read as values."""
-    whole = sorted(name for name, facts in names.items() if facts.dtype not in DTYPES and len(facts.shape) > 1)
-    whole = [name for name in whole if name.endswith("weight")]
-    if not whole:
-        return
-    try:
-        quantised = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        quantised = False
-    if not quantised:
+def _check_dtypes(folder: Path, config: dict[str, Any], names: dict[str, TensorFacts]) -> None:
+    """Refuse quantised weights whose configuration says nothing of it: they would be read as values."""
+    how = quantisation_of(names)
+    if how and "quantization_config" not in config:
         raise ModelError(
-            f"{str(folder)!r} mixes dtypes: {whole[0]!r} is {names[whole[0]].dtype}, quantised by a tool that its config.json "
-            "does not name; use weights in float32, bfloat16 or float16"
+            f"{str(folder)!r} is quantised ({how}) by a tool that its config.json does not name; "
+            "use weights in float32, bfloat16 or float16"
         )
 
 
 @contextlib.contextmanager
 def reading(place: Path) -> Iterator[None]:
     """Turn whatever the libraries raise at files that do not fit into a ModelError that names the place."""
+    usual = torch.get_default_dtype()
     try:
         yield
     except ModelError:
@@ -150,3 +191,5 @@ def reading(place: Path) -> Iterator[None]:
         if "out of meta tensor" in reason:
             reason = "it lacks tensors that its configuration, or its base's, names: damaged, or of another model"
         raise ModelError(f"{str(place)!r} cannot be loaded: {reason}") from error
+    finally:
+        torch.set_default_dtype(usual)  # diffusers leaves its own where a constructor fails

@@ -21,7 +21,7 @@ from imagegen.families.loading import load_pipeline, load_stock
 from imagegen.families.run import OnStep, Run, StepState, in_lock_step, watched
 from imagegen.families.texts import cut_text
 from imagegen.request import ModelError, Request, RequestError
-from imagegen.sampling import make_scheduler
+from imagegen.sampling import draw_from, make_scheduler
 from imagegen.sources import Source
 
 __all__ = [  # what a model needs of this folder
@@ -149,7 +149,9 @@ def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Te
             setattr(runner, name, own)
     if family.guided_by == TWO_PASSES and getattr(runner, "guider", None) is not None:
         runner.guider = runner.guider.new(guidance_scale=request.guidance)
-    return Run(runner, translate(runner, request, family, noise), request)
+    settings = translate(runner, request, family, noise)
+    draw_from(runner.scheduler, settings["generator"])
+    return Run(runner, settings, request)
 
 
 def _for_mode(pipeline: Any, request: Request, control: Any) -> Any:
@@ -206,8 +208,10 @@ def stock_runner(
                 raise RequestError("stopped before the reference was finished")
 
         pipeline.scheduler = make_scheduler(own, request.scheduler)
+        settings = translate(pipeline, request, family)
+        draw_from(pipeline.scheduler, settings["generator"])
         with watched(pipeline, told if on_step else None) as more:
-            return pipeline(**translate(pipeline, request, family), **more).images
+            return pipeline(**settings, **more).images
 
     own = pipeline.scheduler
     return run

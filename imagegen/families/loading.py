@@ -6,7 +6,16 @@ from typing import Any
 import torch
 
 from imagegen.families import single_file
-from imagegen.families.components import classes_of, has_weights, load_component, no_values, reading, stored_in
+from imagegen.families.components import (
+    check_tokenizer,
+    classes_of,
+    has_weights,
+    load_component,
+    no_values,
+    read_config,
+    reading,
+    stored_in,
+)
 from imagegen.families.libraries import quiet
 from imagegen.request import ModelError
 from imagegen.sources import Source, read_index, weight_files
@@ -40,20 +49,26 @@ def load_pipeline(source: Source, device: torch.device, dtype: torch.dtype | Non
     with quiet():
         import diffusers
 
-        kinds = classes_of(folder, index)
+        kinds = classes_of(folder, index, () if source.vae is None else ("vae",))
         kind = getattr(diffusers, index["_class_name"], None)
     if kind is None:
         raise ModelError(f"{source.name!r} is a {index['_class_name']}, which this diffusers has not: update it")
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
     if source.vae is not None:
-        loaded["vae"] = _load_vae(source, kinds, dtype)
+        if "vae" not in index:
+            raise ModelError(f"vae={source.vae.name!r}: this model has no decoder to replace; leave it out")
+        loaded["vae"] = _load_vae(source.vae, kinds.get("vae", diffusers.AutoencoderKL), folder / "vae", dtype)
+    for name, part in kinds.items():
+        if "Tokenizer" in part.__name__ and "ByT5" not in part.__name__ and not source.built_in:
+            check_tokenizer(folder / name)
     own = [name for name, part in kinds.items() if has_weights(part) and name not in loaded]
     inside: set[str] = set()
     if source.contents is not None:
         denoiser = "transformer" if "transformer" in kinds else "unet"
         inside = single_file.parts_inside(source.contents, denoiser, kinds) - set(loaded)
         own = [name for name in own if name not in inside]
-        own = [name for name in own if name not in single_file.OPTIONAL or (folder / name / "config.json").is_file()]
+        own = [name for name in own if name not in single_file.OPTIONAL or single_file.is_in(folder / name)]
+        single_file.check_base(source, index["_class_name"], read_config(folder / denoiser))
         single_file.check_rest(source, own)
     files = weight_files(source, own)
     for name in sorted(own):
@@ -87,34 +102,42 @@ def _check_whole(source: Source, pipeline: Any) -> None:
             )
 
 
-def _load_vae(source: Source, kinds: dict[str, type], dtype: torch.dtype | None) -> Any:
+def _load_vae(given: Source, usual: type, own: Path, dtype: torch.dtype | None) -> Any:
     """Load the decoder that was given beside the model.
 
+    Args:
+        given: where it is.
+        usual: the class of the model's own.
+        own: the folder of the model's own, which may be missing.
+        dtype: what its weights become.
+
     Raises:
-        ModelError: the model has none to replace, or it is for other latents.
+        ModelError: it is for other latents, or one file whose configuration is nowhere.
     """
     import diffusers
 
-    assert source.vae is not None
-    given, own = source.vae, source.diffusers_folder / "vae"
-    if "vae" not in kinds:
-        raise ModelError(f"vae={given.name!r}: this model has no decoder to replace; leave it out")
+    has_own = (own / "config.json").is_file()
     if given.contents is not None:
+        if not has_own:
+            raise ModelError(
+                f"vae={given.name!r} is one file, and {str(own)!r} has no config.json for it: give a decoder's folder"
+            )
         with quiet(), reading(given.path):
-            decoder = kinds["vae"].from_single_file(  # type: ignore[attr-defined]
+            decoder = usual.from_single_file(  # type: ignore[attr-defined]
                 str(given.path), config=str(own), torch_dtype=dtype or stored_in(given.path), local_files_only=True
             )
         if no_values(decoder):
             raise ModelError(f"vae={given.name!r} lacks tensors of this model's decoder: it is of another model")
     else:
         with quiet(), reading(given.path):
-            name = str(kinds["vae"].load_config(str(given.path)).get("_class_name"))  # type: ignore[attr-defined]
+            name = str(usual.load_config(str(given.path)).get("_class_name"))  # type: ignore[attr-defined]
             kind = getattr(diffusers, name, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(kind, "decode")):
             raise ModelError(f"vae={given.name!r} is a {name}, no decoder of latents")
         decoder = load_component(given.path, kind, dtype, given.variant)
-    wanted = kinds["vae"].load_config(str(own)).get("latent_channels")  # type: ignore[attr-defined]
     channels = decoder.config.get("latent_channels")
+    with reading(own):
+        wanted = usual.load_config(str(own)).get("latent_channels") if has_own else channels  # type: ignore[attr-defined]
     if wanted != channels:
         raise ModelError(f"vae={given.name!r} decodes latents of {channels} channels, and this model has {wanted}")
     return decoder

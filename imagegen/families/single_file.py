@@ -7,6 +7,8 @@ whose text is read by CLIP's tokenizer.
 import contextlib
 import gzip
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,12 @@ from imagegen.request import ModelError
 from imagegen.sources import Source, bases_folder
 
 OPTIONAL = ("safety_checker", "image_encoder", "text_encoder_3")  # a base that ships with the package may lack them
+PREFIX = "model.diffusion_model."
 MERGES = "clip-merges.txt.gz"
+BASES = {  # the pipelines that a file of a layout can be a part of
+    "sd1": r"(?!StableDiffusion(XL|3))", "sd2": r"(?!StableDiffusion(XL|3))", "sdxl": "StableDiffusionXL",
+    "sdxl-refiner": "StableDiffusionXL", "sd3": "StableDiffusion3", "flux": "Flux(?!2)", "flux.2": "Flux2", "chroma": "Chroma",
+}  # fmt: skip
 
 
 def parts_inside(contents: Contents, denoiser: str, kinds: dict[str, type]) -> set[str]:
@@ -39,6 +46,11 @@ def parts_inside(contents: Contents, denoiser: str, kinds: dict[str, type]) -> s
     return inside
 
 
+def is_in(folder: Path) -> bool:
+    """Return whether a base's component has weights that are read."""
+    return any(folder.glob("*.safetensors"))
+
+
 def check_rest(source: Source, rest: list[str]) -> None:
     """Refuse a file that lacks components for which its base has no weights.
 
@@ -46,12 +58,40 @@ def check_rest(source: Source, rest: list[str]) -> None:
         ModelError: there are such.
     """
     assert source.base is not None
-    lacking = [name for name in rest if not any((source.base.path / name).glob("*.safetensors"))]
+    lacking = [name for name in rest if not is_in(source.base.path / name)]
     if lacking:
-        ways = "give vae=, or base=" if lacking == ["vae"] else "give base="
+        neither = "" if source.built_in else f", and neither does base={source.base.name!r}"
+        ways = "give vae=, or " if lacking == ["vae"] else "give "
+        ways += "base=" if source.built_in else "another base="
         raise ModelError(
-            f"{source.name!r} holds no {', '.join(lacking)}: {ways}, the folder or the hub id of a model that has it"
+            f"{source.name!r} holds no {', '.join(lacking)}{neither}: {ways}, the folder or the hub id of a model that has it"
         )
+
+
+def check_base(source: Source, kind: str, config: Mapping[str, Any]) -> None:
+    """Refuse a base of another kind of model than the file.
+
+    Args:
+        source: of the file.
+        kind: the name of the base's pipeline class.
+        config: of the base's denoiser.
+
+    Raises:
+        ModelError: it is.
+    """
+    assert source.contents is not None and source.base is not None
+    what, pattern = source.contents.what, BASES.get(source.contents.layout)
+    if pattern and not re.match(pattern, kind):
+        raise ModelError(
+            f"{source.name!r} is {what}, and base={source.base.name!r} is a {kind}: give the model that it belongs to"
+        )
+    if "guidance_embeds" in config:
+        guided = source.contents.guided
+        if guided != bool(config["guidance_embeds"]):
+            kinds = {True: "guided by an input, as FLUX.1-dev is", False: "not guided, as FLUX.1-schnell is"}
+            raise ModelError(
+                f"{source.name!r} is {kinds[guided]}, and base={source.base.name!r} is {kinds[not guided]}: give another base="
+            )
 
 
 def load(source: Source, kind: type, kinds: dict[str, type], inside: set[str], loaded: dict[str, Any], dtype: Any) -> Any:
@@ -94,8 +134,21 @@ def _load_denoiser(source: Source, kind: type, name: str, dtype: Any) -> Any:
 
         options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
     return kind.from_single_file(
-        str(source.path), config=str(source.base.path), subfolder=name, torch_dtype=dtype, local_files_only=True, **options
+        _with_prefix(source.path) if name == "unet" else str(source.path),
+        config=str(source.base.path),
+        subfolder=name,
+        torch_dtype=dtype,
+        local_files_only=True,
+        **options,
     )
+
+
+def _with_prefix(path: Path) -> str | dict[str, Any]:
+    """Return a UNet's file; where its tensors lack the prefix by which diffusers knows them, as ComfyUI's do, with it."""
+    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+    found = load_single_file_checkpoint(str(path))
+    return {PREFIX + name: value for name, value in found.items()} if "input_blocks.0.0.weight" in found else str(path)
 
 
 def _tokenizers(source: Source, kinds: dict[str, type]) -> dict[str, Any]:
