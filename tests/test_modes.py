@@ -181,3 +181,18 @@ def test_filling_is_stock(model_of, stock_of, start, mask):
     assert_identical(mine, theirs)
     with pytest.raises(imagegen.RequestError, match="it has no text-to-image; pass the picture as image="):
         model_of("flux-fill")("a worm")
+
+
+def test_a_model_made_to_inpaint_does_that_and_nothing_else(model_of, start, mask, tmp_path):
+    own = model_of("sd1.5").pipeline
+    unet = diffusers.UNet2DConditionModel.from_config({**own.unet.config, "in_channels": 9})
+    stock = diffusers.StableDiffusionInpaintPipeline(**own.components | {"unet": unet})
+    stock.save_pretrained(tmp_path)
+    model = imagegen.load(tmp_path)
+    mine = model("a cat", image=start, mask=mask, seed=1, num_steps=2, guidance=2.0).images[0]
+    words = {"num_inference_steps": 2, "guidance_scale": 2.0, "strength": 1.0, "width": 64, "height": 64}
+    assert_identical(mine, stock("a cat", image=start, mask_image=mask, generator=seeded(1), **words).images[0])
+    with pytest.raises(
+        imagegen.RequestError, match="stable-diffusion-inpaint does inpainting, outpainting: it has no text-to-image"
+    ):
+        model("a cat")

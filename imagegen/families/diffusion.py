@@ -35,6 +35,7 @@ __all__ = [  # what a model needs of this folder
     "quiet",
 ]
 
+MODES_OF = {"Inpaint": ("inpainting", "outpainting"), "Img2Img": ("image-to-image",)}  # by what is in the class's name
 DENOISERS = ("transformer", "unet", "decoder")  # what pipelines call the module that they run at every step
 
 
@@ -62,13 +63,16 @@ def family_of_class(class_name: str) -> Family | None:
     known = {name: parameter.default for name, parameter in inspect.signature(kind.__call__).parameters.items()}
     if "prompt" not in known or "num_inference_steps" not in known or "num_frames" in known or "generator" not in known:
         return None
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", class_name.removesuffix("Pipeline")).lower()
+    if "ControlNet" in class_name:
+        return None  # the model itself is loaded, and the ControlNet added
+    modes = next((modes for word, modes in MODES_OF.items() if word in class_name), FAMILIES["stable-diffusion"].modes)
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", class_name.removesuffix("Pipeline")).lower().replace("img2-img", "img2img")
     guidance = known.get("guidance_scale") or known.get("true_cfg_scale") or known.get("prior_guidance_scale") or 1.0
     height = known.get("height")
     size = height if isinstance(height, int) else 1024
     return replace(
         FAMILIES["stable-diffusion"], name=name, pipeline=class_name, size_px=size, multiple_px=16, scheduler="",
-        num_steps=known["num_inference_steps"], guidance=float(guidance), negative="negative_prompt" in known,
+        num_steps=known["num_inference_steps"], guidance=float(guidance), negative="negative_prompt" in known, modes=modes,
     )  # fmt: skip
 
 
