@@ -205,6 +205,15 @@ class Model(Variations, Guides):
         finally:
             self.set_plan(before)
 
+    def check_idle(self, what: str) -> None:
+        """Refuse to change a part of the model while pictures are made with it.
+
+        Raises:
+            RequestError: a run is going on.
+        """
+        if self._applied.busy:
+            raise RequestError(f"a run is still going: finish or close its stream before changing {what}")
+
     def add_lora(self, path: str | Path, *, weight: float = 1.0) -> None:
         """Add a LoRA in diffusers', peft's or kohya's layout; several add up.
 
@@ -217,6 +226,7 @@ class Model(Variations, Guides):
         """
         if not isinstance(weight, (int, float)) or not abs(weight) < 100:
             raise ModelError(f"weight must be a number below 100, got {weight!r}")
+        self.check_idle("the LoRAs")
         name = f"lora{len(self.loras)}"
         file = adapters.load_adapter(self.pipeline, Path(path), name)
         self.loras.append({"name": file.name, "sha256": hash_file(file), "weight": float(weight)})
@@ -226,6 +236,7 @@ class Model(Variations, Guides):
     def remove_loras(self) -> None:
         """Remove every LoRA; nothing of them is left."""
         if self.loras:
+            self.check_idle("the LoRAs")
             self.pipeline.unload_lora_weights()
         self.loras.clear()
 

@@ -1,8 +1,9 @@
 """References: make a picture again from its receipt, say whether it is the same, ask stock diffusers for it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imagegen import fidelity
 from imagegen.fit import HARMLESS
@@ -96,7 +97,7 @@ def replay(
         if given is not None and not wanted:
             raise ReceiptError(f"{str(picture)!r} was made without {name}=: leave it out")
     used = model or load(receipt.model["source"], device=device, dtype=receipt.environment.get("dtype"), **receipt.where())
-    if receipt.loras != used.loras:
+    if _by_content(receipt.loras) != _by_content(used.loras):
         wanted = ", ".join(f"{lora.get('name')} at {lora.get('weight')}" for lora in receipt.loras) or "no LoRA"
         raise ReceiptError(
             f"{str(picture)!r} was made with {wanted}: add just that to the model (add_lora, --lora), and replay again"
@@ -143,9 +144,19 @@ def _differences(receipt: Receipt, model: Model, described: dict, stored: "Image
         if described.get(f"{name}_sha256") != receipt.request.get(f"{name}_sha256"):
             reasons.append(f"the {name} given is not the one that was used")
     for name in ("control", "style"):
-        if receipt.model.get(name) != model.guides.get(name):
+        if _contents(receipt.model.get(name)) != _contents(model.guides.get(name)):
             reasons.append(f"another {name} model than recorded is loaded")
     return reasons
+
+
+def _contents(guide: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what identifies a guide: what its files hold, and not their names."""
+    return {name: value for name, value in (guide or {}).items() if name != "name"}
+
+
+def _by_content(loras: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """Return what identifies LoRAs: what their files hold and their weights, in no order."""
+    return sorted((str(lora.get("sha256")), float(lora.get("weight", 1.0))) for lora in loras)
 
 
 def _changed_versions(receipt: Receipt) -> list[str]:

@@ -230,6 +230,11 @@ class AppliedPlan:
         components = self._pipeline.components.values() if self.plan.levers or self.memory else ()
         return weights_stamp(part for part in components if isinstance(part, torch.nn.Module))
 
+    @property
+    def busy(self) -> bool:
+        """Whether a run is going on."""
+        return self._runs > 0
+
     def undo(self) -> None:
         """Undo every lever, the last one first.
 

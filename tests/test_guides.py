@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_families import assert_identical, seeded
 from tiny_families import SIDE
 
 import imagegen
+from imagegen.fidelity import max_difference
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +59,16 @@ def test_control_is_stock_and_gone_when_removed(name, folder_of, stock_of, edges
     model.add_control(tmp_path / "edges")
     result = model("a sun", control=edges, control_weight=0.7, **settings)
     control = type(model.control).from_pretrained(tmp_path / "edges")
-    words = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 2.0, "generator": seeded(1, 2)}
-    words["image" if name in ("sd1.5", "sdxl") else "control_image"] = [edges] * 2
-    torch.manual_seed(1)  # SD3 draws from there, too
-    theirs = (
-        CONTROLS[name]
-        .from_pipe(stock, controlnet=control)(prompt=["a sun"] * 2, controlnet_conditioning_scale=0.7, **words)
-        .images
-    )
-    for picture, other, free in zip(result.images, theirs, before, strict=True):
-        assert_identical(picture, other)
+    words = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 2.0, "controlnet_conditioning_scale": 0.7}
+    words["image" if name in ("sd1.5", "sdxl") else "control_image"] = edges
+    pipeline = CONTROLS[name].from_pipe(stock, controlnet=control)
+    drawn = torch.random.get_rng_state()
+    alone = [model("a sun", control=edges, control_weight=0.7, **settings | {"seed": seed, "num_images": 1}) for seed in (1, 2)]
+    assert torch.equal(drawn, torch.random.get_rng_state())
+    for seed, one, picture, free in zip((1, 2), alone, result.images, before, strict=True):
+        torch.manual_seed(seed)  # SD3 encodes its control from there
+        assert_identical(one.images[0], pipeline("a sun", generator=seeded(seed), **words).images[0])
+        assert max_difference(one.images[0], picture) <= 1  # whatever its batch
         assert not np.array_equal(np.asarray(picture), np.asarray(free))
     receipt = result.pictures[0].receipt
     assert receipt.model["control"]["name"] == "edges"
@@ -165,3 +166,93 @@ def test_a_control_of_another_family(folder_of, stock_of, tmp_path):
     with pytest.raises(imagegen.ModelError, match="it is a UNet2DConditionModel"):
         model.add_control(tmp_path / "unet")
     assert model.control is None
+
+
+@pytest.mark.parametrize(("name", "other"), [("sd1.5", "sdxl"), ("sdxl", "sd1.5"), ("sd3", "flux"), ("flux", "sd1.5")])
+def test_a_control_that_does_not_fit_is_refused_when_it_is_added(name, other, folder_of, stock_of, tmp_path):
+    model = imagegen.load(folder_of(name))
+    make_control(other, stock_of(other)).save_pretrained(tmp_path / "edges")
+    with pytest.raises(imagegen.ModelError, match=r"a ControlNet for another (kind of )?model"):
+        model.add_control(tmp_path / "edges")
+    assert model.control is None
+
+
+def test_a_style_that_does_not_fit_leaves_the_one_before(folder_of, edges, tmp_path):
+    model = imagegen.load(folder_of("sd1.5"))
+    file, encoder = write_style(model.pipeline.unet, tmp_path)
+    settings = {"style_image": edges, "seed": 1, "num_steps": 2, "guidance": 2, "width": 64, "height": 64}
+    model.add_style(file, image_encoder=encoder)
+    before = model("a sun", **settings).images[0]
+    config = transformers.CLIPVisionModelWithProjection.from_pretrained(encoder).config
+    config.projection_dim = 24
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "wide")
+    tensors = {name: value[..., :3].contiguous() if "to_k_ip" in name else value for name, value in load_file(file).items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    save_file({"a.lora_A.weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
+    for path, more, says in (
+        (file, {"image_encoder": tmp_path / "wide"}, "reads 16 numbers of a picture, and this image encoder gives 24"),
+        (file, {"image_encoder": tmp_path / "nowhere"}, "no image encoder"),
+        (tmp_path / "lora.safetensors", {}, "is a LoRA, no IP-Adapter"),
+        (tmp_path / "other.safetensors", {}, "does not fit this model"),
+    ):
+        with pytest.raises(imagegen.ModelError, match=says):
+            model.add_style(path, **more)
+        assert_identical(model("a sun", **settings).images[0], before)
+    model.add_style(file)  # through the same encoder
+    assert_identical(model("a sun", **settings).images[0], before)
+
+
+def test_a_model_keeps_its_own_image_encoder(folder_of, edges, tmp_path):
+    model = imagegen.load(folder_of("sd1.5"))
+    file, encoder = write_style(model.pipeline.unet, tmp_path)
+    own = transformers.CLIPVisionModelWithProjection.from_pretrained(encoder)
+    model.pipeline.register_modules(image_encoder=own, feature_extractor=transformers.CLIPImageProcessor(crop_size=32))
+    for _ in range(2):
+        model.add_style(file)
+        model.remove_style()
+        assert model.pipeline.image_encoder is own
+
+
+def test_a_styled_picture_replays_by_what_the_files_hold(folder_of, edges, tmp_path):
+    model = imagegen.load(folder_of("sd1.5"))
+    file, encoder = write_style(model.pipeline.unet, tmp_path)
+    model.add_style(file, image_encoder=encoder)
+    picture = model("a sun", style_image=edges, seed=1, num_steps=2, width=64, height=64).save(tmp_path)[0]
+    model.add_style(file.rename(tmp_path / "renamed.safetensors"))
+    assert imagegen.replay(picture, style_image=edges, model=model).same
+    other = transformers.CLIPVisionModelWithProjection(model.pipeline.image_encoder.config)
+    other.save_pretrained(tmp_path / "other")
+    model.add_style(tmp_path / "renamed.safetensors", image_encoder=tmp_path / "other")
+    verdict = imagegen.replay(picture, style_image=edges, model=model)
+    assert not verdict.same and "another style model than recorded is loaded" in verdict.reasons
+
+
+def test_nothing_is_added_or_removed_while_a_stream_runs(folder_of, edges, tmp_path):
+    model = imagegen.load(folder_of("sd1.5"))
+    file, encoder = write_style(model.pipeline.unet, tmp_path)
+    stream = model.stream("a sun", seed=1, num_steps=3, width=64, height=64)
+    next(stream)
+    for change, what in (
+        (lambda: model.add_style(file, image_encoder=encoder), "the IP-Adapter"),
+        (lambda: model.add_control(tmp_path), "the ControlNet"),
+        (lambda: model.add_lora(file), "the LoRAs"),
+    ):
+        with pytest.raises(imagegen.RequestError, match=f"finish or close its stream before changing {what}"):
+            change()
+    stream.close()
+    model.add_style(file, image_encoder=encoder)
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says"),
+    [
+        ("sd3", {"mask": Image.new("L", (64, 64), 255)}, "diffusers has no inpainting with a ControlNet for this model"),
+        ("flux", {"strength": 0.5, "true_guidance": 3.0}, "takes no true_guidance"),
+    ],
+)
+def test_a_mode_that_diffusers_has_in_another_shape_is_refused(name, more, says, folder_of, stock_of, edges, tmp_path):
+    model = imagegen.load(folder_of(name))
+    make_control(name, stock_of(name)).save_pretrained(tmp_path / "edges")
+    model.add_control(tmp_path / "edges")
+    with pytest.raises(imagegen.RequestError, match=says):
+        model("a sun", image=edges, control=edges, num_steps=2, **more)

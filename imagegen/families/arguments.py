@@ -68,6 +68,8 @@ def _guidance(known: dict[str, Any], request: Request, family: Family) -> dict[s
         names = ("true_cfg_scale", "prior_guidance_scale")
         settings = {name: scale for name in names if name in known}
     if request.true_guidance is not None:
+        if "true_cfg_scale" not in known:
+            raise RequestError("diffusers' pipeline of this mode takes no true_guidance: leave it out")
         settings["true_cfg_scale"] = request.true_guidance
     # Some pipelines compute the second pass from zeros where there is no text, others not at all.
     if "negative_prompt" in known and (request.negative_prompt or "true_cfg_scale" in settings) and is_guided(request, family):

@@ -92,10 +92,13 @@ def describe(pipeline: Any, family: Family) -> Family:
 
 
 def control_class(pipeline: Any, mode: str) -> type | None:
-    """Return the class of the pipeline with a ControlNet for a mode; None where diffusers has none."""
+    """Return the class of the pipeline with a ControlNet for a mode; None where diffusers has none that takes its pictures."""
     known = {"text-to-image": ["Pipeline"], "image-to-image": ["Img2ImgPipeline"]}
     stem = type(pipeline).__name__.removesuffix("Pipeline") + "ControlNet"
-    return _first_class([stem + suffix for suffix in known.get(mode, ["InpaintPipeline", "InpaintingPipeline"])])
+    kind = _first_class([stem + suffix for suffix in known.get(mode, ["InpaintPipeline", "InpaintingPipeline"])])
+    pictures = {"text-to-image": (), "image-to-image": ("image", "strength")}.get(mode, ("image", "mask_image"))
+    takes = inspect.signature(kind.__call__).parameters if kind else {}
+    return kind if all(name in takes for name in (*pictures, "controlnet_conditioning_scale")) else None
 
 
 def _class_name(pipeline: Any, mode: str) -> str:

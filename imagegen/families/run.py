@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from imagegen.canvas import put_back
 from imagegen.families.arguments import call_of
 from imagegen.families.latents import unpack
 from imagegen.request import Request
-from imagegen.sampling import predicted_original
+from imagegen.sampling import make_generators, predicted_original
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Run:
     def __init__(self, runner: Any, settings: dict[str, Any], request: Request) -> None:
         """Keep the pipeline, its arguments and what they were asked for."""
         self._runner, self._settings, self._request = runner, settings, request
+        if request.control is not None:
+            vars(runner)["vae"] = _SeededEncoder(runner.vae, request)  # of the run's own pipeline object
         self.scheduler = runner.scheduler
         given = settings["generator"]
         self.generators: tuple[torch.Generator, ...] = tuple(given) if isinstance(given, list) else (given,)
@@ -63,11 +66,7 @@ class Run:
             generator.manual_seed(generator.initial_seed())  # a second try, after an error, begins like the first
         request = self._request
         tell = None if on_step is None else self._told(on_step)
-        # Where a pipeline draws from torch's own generator as well, as SD3 does to encode a control, the seed decides that too.
-        shared = torch.random.fork_rng() if request.control is not None else contextlib.nullcontext()
-        with shared, watched(self._runner, tell) as more:
-            if request.control is not None:
-                torch.manual_seed(request.seed)
+        with watched(self._runner, tell) as more:
             images = self._runner(**self._settings, **more).images
         if request.margins is None or request.image is None:
             return images
@@ -120,6 +119,41 @@ def watched(runner: Any, tell: Callable[[int, int, torch.Tensor], None] | None) 
             del scheduler.step
             if own is not None:  # a lever's
                 scheduler.step = own
+
+
+class _SeededEncoder:
+    """A pipeline's VAE that draws what it encodes from each picture's seed, where the pipeline gives no generator.
+
+    SD3 encodes its control so: the draw would be torch's own, and a picture would depend on its batch.
+    """
+
+    def __init__(self, vae: Any, request: Request) -> None:
+        """Take the VAE, which is left as it is, and the request that the pictures are made for."""
+        self._vae, self._request = vae, request
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def encode(self, pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Encode as the VAE does; rows are the pictures, once or more often."""
+        encoded = self._vae.encode(pixels, *args, **kwargs)
+        spread = getattr(encoded, "latent_dist", None)
+        if spread is not None:
+            draw = spread.sample
+            spread.sample = lambda generator=None: (
+                spread.mean + spread.std * self._noise(spread.mean) if generator is None else draw(generator)
+            )
+        return encoded
+
+    def _noise(self, mean: torch.Tensor) -> torch.Tensor:
+        request = self._request
+        count = request.num_images if len(mean) % request.num_images == 0 else 1
+        shape = (len(mean) // count, *mean.shape[1:])
+        drawn = [
+            randn_tensor(shape, generator=own, device=mean.device, dtype=mean.dtype)
+            for own in make_generators(request.seed, count)
+        ]
+        return torch.stack(drawn, dim=1).flatten(0, 1)
 
 
 class _Left(BaseException):
