@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from readme_speed import describe_denoiser, measure_tiers, measure_tuning, table
+from readme_speed import describe_denoiser, measure_janusflow, measure_tiers, measure_training, measure_tuning, table
 from rich.progress import track
 
 import imagegen
@@ -242,6 +242,8 @@ PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {
     "tiers": lambda model, readme, card: fill(readme, "tiers", measure_tiers(model)),
     "tuning": lambda model, readme, card: fill(readme, "tuning", measure_tuning(model)),
     "denoiser": lambda model, readme, card: fill(readme, "denoiser", describe_denoiser(cache_folder() / "bench-readme")),
+    "training": lambda model, readme, card: fill(readme, "training", measure_training()),
+    "janusflow": lambda model, readme, card: fill(readme, "janusflow", measure_janusflow()),
     "model": write_model,
 }
 

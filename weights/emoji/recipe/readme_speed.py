@@ -5,6 +5,8 @@ Each function measures and returns Markdown; `readme.py` puts it in its place. L
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from rich.progress import track
@@ -29,6 +31,40 @@ def decibels(value: float | None, mean: float | None = None) -> str:
     """Return a PSNR in words, with the mean behind it; None and infinity stand for the same pixels."""
     said = "identical" if value is None or value == float("inf") else f"{value:.1f} dB"
     return said if mean in (None, float("inf")) else f"{said}, mean {mean:.1f} dB"
+
+
+def measure_stage(stage: str) -> dict:
+    """Run a stage of the bench in a process of its own; return what it measured."""
+    wanted = json.dumps({"stage": stage, "tiny": False, "device": "cpu"})
+    done = subprocess.run([sys.executable, "-m", "imagegen.bench", wanted, "emoji"], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_training() -> str:
+    """Return the table of our training step in turn with the plain loop's."""
+    found = measure_stage("training")
+    names = {"plain": "plain loop of diffusers' example, everything encoded anew", "imagegen": "imagegen, encoded once"}
+    rows = []
+    for name, said in names.items():
+        row = found["loops"][name]
+        low, high = row["range_s"]
+        ratio = found["loops"]["plain"]["median_s"] / row["median_s"]
+        rows.append((said, f"{row['median_s']:.3f} s ({low:.3f}–{high:.3f})", f"{ratio:.2f} ×", f"{row['peak_gib']:.2f} GiB"))
+    return table((f"a LoRA step, batch {found['batch']}, in turn", "median (range)", "faster by", "peak memory"), rows)
+
+
+def measure_janusflow() -> str:
+    """Return the table of JanusFlow's step with the prompt kept, in turn with reading all anew."""
+    found = measure_stage("janusflow")
+    rows = []
+    for tokens, row in found["rows"].items():
+        took = row["seconds"]
+        kept, anew, once = (took[name] for name in ("prompt kept", "all read anew", "reading the prompt"))
+        rows.append(
+            (tokens, f"{anew:.3f} s", f"{kept:.3f} s, and {once:.3f} s once", f"{row['ratio']:.2f} ×", f"{row['error']:.0e}")
+        )
+    head = ("tokens of the prompt", "a step, all read anew", "a step, prompt kept", "faster by", "largest difference")
+    return table(head, rows)
 
 
 def describe_profile(profile: Profile) -> str:
