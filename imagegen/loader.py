@@ -12,7 +12,7 @@ from imagegen.families import diffusion, janus
 from imagegen.families.loading import pipeline_class
 from imagegen.model import Model
 from imagegen.request import ModelError
-from imagegen.sources import Source, all_weights, find_source
+from imagegen.sources import Source, files_of, find_source, local_path
 from imagegen.speed import Plan
 from imagegen.weights import stored_dtype
 
@@ -76,9 +76,10 @@ def find_model(source: str | Path, where: dict[str, Any]) -> tuple[Source, janus
     Raises:
         ModelError: it is not there, or is no model.
     """
-    beside = janus.find(Path(source))
+    path = local_path(source)
+    beside = janus.find(path) if path is not None else None
     if beside is not None:
-        return replace(find_source(beside.folder, **where), name=str(source)), beside
+        return replace(find_source(beside.folder, **where), name=str(path)), beside
     found = find_source(source, **where)
     return found, janus.find(found.path) if found.contents is None else None
 
@@ -118,7 +119,7 @@ def _find_family(source: Source) -> Family:
             f"{source.name!r} is a {kind}, which this version does not run: it runs {', '.join(known)}, "
             "and any other class of diffusers that makes a picture from a prompt"
         )
-    if stored_dtype(all_weights(source)) == "F32":
+    if stored_dtype(files_of(source).values()) == "F32":
         family = replace(family, reference_dtype="float32")  # no reference is coarser than the weights it comes from
     return family
 
@@ -131,19 +132,26 @@ def find_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ways = "use cpu, cuda, or cuda:1 …"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ModelError(f"unknown device {device!r}: use cpu, cuda, or cuda:1 …") from error
+        raise ModelError(f"unknown device {device!r}: {ways}") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r} is not here: this torch sees no CUDA device; use device='cpu'")
+    if found.type == "meta":
+        raise ModelError(f"device {device!r} holds no values, and makes no pictures: {ways}")
+    try:
+        torch.empty(1, device=found)
+    except Exception as error:  # AssertionError, NotImplementedError or RuntimeError, by the device
+        raise ModelError(f"device {device!r} is not here ({str(error).splitlines()[0][:100]}): {ways}") from error
     return found
 
 
 def _find_dtype(dtype: str | torch.dtype | None, device: torch.device, family: Family) -> torch.dtype:
     name = family.reference_dtype if dtype is None else str(dtype).removeprefix("torch.")
     found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ModelError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     if found == torch.float16 and device.type == "cpu":
         raise ModelError("float16 on a CPU is hundreds of times slower than float32: use dtype='bfloat16' or 'float32'")

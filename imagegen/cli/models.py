@@ -45,7 +45,7 @@ def models_show(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, *,
         warnings.simplefilter("ignore")
         from imagegen.families.loading import pipeline_class
         from imagegen.loader import find_model
-    from imagegen.sources import all_weights
+    from imagegen.sources import files_of
     from imagegen.weights import hash_files
 
     source, of_janus = find_model(model, where | {"local_files_only": True})
@@ -54,7 +54,7 @@ def models_show(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, *,
         family: Family | None = FAMILIES[of_janus.kind]
     else:
         family = family_of((source.base or source).name, pipeline_class(source))
-    paths = {path.relative_to(source.folder).as_posix(): path for path in all_weights(source)}
+    paths = files_of(source) if of_janus is None else {path.name: path for path in of_janus.weights()}
     files: list[dict[str, Any]] = [
         {"file": name, "bytes": paths[name].stat().st_size, "sha256": digest} for name, digest in hash_files(paths).items()
     ]
@@ -123,20 +123,22 @@ def doctor(
     from importlib.util import find_spec
 
     from imagegen.measure import machine, versions
-    from imagegen.weights import check_weights
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
-    files = check_weights(embedded_folder())
-    ok = not any(files.values())
+
+        from imagegen.inspection import inspect
+        from imagegen.sources import find_source
+
+        inspected = inspect(find_source(EMBEDDED))
     extras = {"demo": "gradio", "train": "peft", "ray": "ray", "fast": "torchao", "gguf": "gguf"}
     found = {
         "machine": machine(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu (this torch sees no CUDA device)",
         "extras": {extra: find_spec(module) is not None for extra, module in extras.items()},
-        "embedded_model": {"ok": ok, "files": files},
+        "embedded_model": {"ok": inspected.ok, "files": inspected.files},
     }
     if as_json:
         print_json(found)
@@ -147,8 +149,8 @@ def doctor(
         print("extras")
         for extra, module in extras.items():
             print(f"  {extra}: {'installed' if found['extras'][extra] else f'''{module} is not installed'''}")  # type: ignore[index]
-        print(f"embedded model\n  {'whole' if ok else files}")
-    if not ok:
+        print(f"embedded model\n  {'whole' if inspected.ok else inspected.files}")
+    if not inspected.ok:
         raise CheckFailed
 
 

@@ -135,6 +135,7 @@ def load_model(
     """
     with stopped_at_once(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own, at import
+        warnings.filterwarnings("always", module=r"imagegen\.")
         from imagegen.loader import load
 
         return load(model, device=device, dtype=dtype, plan=plan, memory_gib=memory_gib, **where)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from imagegen.request import ModelError, RequestError
+from imagegen.weights import file_fault, read_header, read_json
 
 PAD = "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
@@ -59,7 +60,7 @@ def find(source: Path) -> Folder | None:
     """
     folder = source.parent if source.suffix in (".safetensors", ".bin") else source
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     kind = None
@@ -67,7 +68,18 @@ def find(source: Path) -> Folder | None:
         kind = FLOW if "vision_gen_enc_config" in config else PRO if "gen_vision_config" in config else None
     elif isinstance(config, dict) and config.get("model_type") == "janus":
         kind = PRO
-    return Folder(folder, config, kind, source if folder != source else None) if kind else None
+    if kind is None or (folder != source and not _holds_janus(source)):
+        return None
+    return Folder(folder, config, kind, source if folder != source else None)
+
+
+def _holds_janus(file: Path) -> bool:
+    """Return whether a file beside a Janus model's configuration is its weights, or broken, and nothing that only lies there."""
+    if file.suffix == ".bin":
+        return file.name.startswith("pytorch_model")
+    return file_fault(file) is not None or any(
+        name.removeprefix("model.").startswith("language_model.") for name in read_header(file)
+    )
 
 
 def load(found: Folder, vae: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Path]]:
