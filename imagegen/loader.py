@@ -112,7 +112,8 @@ def _find_family(source: Source) -> Family:
         ModelError: it is none that this version runs.
     """
     kind = pipeline_class(source)
-    family = family_of((source.base or source).name, kind) or diffusion.family_of_class(kind)
+    names = [source.name] if source.base is None else [source.name, source.base.name]
+    family = family_of(kind, *names) or diffusion.family_of_class(kind)
     if family is None:
         known = sorted({known.pipeline for known in FAMILIES.values()})
         raise ModelError(

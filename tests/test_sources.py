@@ -254,6 +254,17 @@ def test_a_receipt_names_a_local_model_from_anywhere(folder_of, tmp_path, monkey
     assert imagegen.replay(path).same
 
 
+def test_defaults_do_not_depend_on_how_a_model_is_named(cache, folder_of, tmp_path, monkeypatch):
+    snapshot = fill_cache(cache, "stabilityai/sdxl-turbo", folder_of("sdxl"))
+    (tmp_path / "link").symlink_to(snapshot)
+    monkeypatch.chdir(snapshot)
+    for source in ("stabilityai/sdxl-turbo", snapshot, tmp_path / "link", "."):
+        family = imagegen.load(source).family
+        assert (family.num_steps, family.guidance, family.guided_by) == (1, 1.0, "nothing"), source
+    file = shutil.copy(snapshot / "unet/diffusion_pytorch_model.safetensors", tmp_path / "sd_xl_turbo_1.0_fp16.safetensors")
+    assert imagegen.load(file, base=folder_of("sdxl")).family.num_steps == 1
+
+
 def test_a_home_folder(folder_of, tmp_path, monkeypatch):
     shutil.copytree(folder_of("sd1.5"), tmp_path / "mine")
     monkeypatch.setenv("HOME", str(tmp_path))
