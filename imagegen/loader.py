@@ -10,6 +10,7 @@ import torch
 from imagegen.catalog import EMBEDDED, FAMILIES, Family, family_of
 from imagegen.families import diffusion, janus
 from imagegen.families.loading import pipeline_class
+from imagegen.families.outline import outline
 from imagegen.model import Model
 from imagegen.request import ModelError
 from imagegen.sources import Source, files_of, find_source, local_path
@@ -84,6 +85,21 @@ def find_model(source: str | Path, where: dict[str, Any]) -> tuple[Source, janus
     return found, janus.find(found.path) if found.contents is None else None
 
 
+def describe(source: Source, of_janus: janus.Folder | None) -> Family:
+    """Return what a model makes and its defaults, as it will once loaded, from its configurations alone.
+
+    Args:
+        source: found.
+        of_janus: of a Janus model, its folder.
+
+    Raises:
+        ModelError: it is none that this version runs, or a configuration is missing or damaged.
+    """
+    if of_janus is not None:
+        return _janus_family(of_janus, janus.size_px(of_janus))
+    return diffusion.describe(outline(source), _find_family(source))
+
+
 Made = tuple[Any, Family, dict[str, Path]]
 """A pipeline, what it can make, and its weight files by name."""
 
@@ -95,14 +111,14 @@ def _load_stock(found: Source, device: torch.device, dtype: Any) -> Made:
 
 
 def _load_janus(folder: janus.Folder, found: Source, device: torch.device, dtype: Any) -> Made:
-    family = FAMILIES[folder.kind]
     vae = found.vae.path if found.vae is not None else None
-    pipeline, files = janus.load(folder, vae, device, _find_dtype(dtype, device, family))
-    size = pipeline.size_px
-    family = replace(family, size_px=size, multiple_px=size, min_px=size, max_px=size)
-    if family.temperature is not None:
-        family = replace(family, num_steps=pipeline.num_timesteps)
-    return pipeline, family, files
+    pipeline, files = janus.load(folder, vae, device, _find_dtype(dtype, device, FAMILIES[folder.kind]))
+    return pipeline, _janus_family(folder, pipeline.size_px), files
+
+
+def _janus_family(folder: janus.Folder, size: int) -> Family:
+    family = replace(FAMILIES[folder.kind], size_px=size, multiple_px=size, min_px=size, max_px=size)
+    return family if family.temperature is None else replace(family, num_steps=size // janus.PATCH_PX)
 
 
 def _find_family(source: Source) -> Family:

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from imagegen.families.libraries import quiet
 from imagegen.request import ModelError, RequestError
 from imagegen.weights import file_fault, read_header, read_json
 
 PAD = "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
+PATCH_PX = 16  # a picture's side in pixels, of one token
 FLOW, PRO = "janusflow", "janus-pro"
 
 
@@ -80,6 +82,24 @@ def _holds_janus(file: Path) -> bool:
     return file_fault(file) is not None or any(
         name.removeprefix("model.").startswith("language_model.") for name in read_header(file)
     )
+
+
+def size_px(found: Folder) -> int:
+    """Return the width and height of every picture that a model makes.
+
+    Raises:
+        ModelError: its configuration does not say.
+    """
+    try:
+        if found.kind == FLOW:
+            return found.config["vision_und_enc_config"]["params"]["image_size"] // PATCH_PX * PATCH_PX
+        with quiet():
+            from imagegen.families import januspro
+        layout = januspro.layouts.CONVERTED if found.config["model_type"] == "janus" else januspro.layouts.OFFICIAL
+        return layout.configs(found.config)[1]["num_patches"] * PATCH_PX
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        where = str(found.folder / "config.json")
+        raise ModelError(f"{where!r} describes no Janus model that can be made ({error!r})") from None
 
 
 def load(found: Folder, vae: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Path]]:
