@@ -16,7 +16,7 @@ from imagegen import hub
 from imagegen.catalog import CARDS, EMBEDDED, embedded_folder
 from imagegen.contents import DENOISER, OTHER, WHOLE, Contents, identify, is_plain
 from imagegen.request import ModelError
-from imagegen.weights import AGAIN, PICKLES, SHARD, component_weights, name_parts, read_header, read_json
+from imagegen.weights import AGAIN, PICKLES, SHARD, TensorFacts, component_weights, name_parts, read_header, read_json
 
 INDEX = "model_index.json"
 BUILT_IN = ("sd1", "sd2", "sdxl", "sd3")  # layouts whose configurations and tokenizers ship with the package
@@ -274,31 +274,38 @@ def read_contents(path: Path) -> Contents:
     if kind != path.suffix:
         raise ModelError(f"{str(path)!r} ends in {path.suffix}, which diffusers does not know: rename it to end in {kind}")
     if kind == ".gguf":
-        return _read_gguf(path)
+        return _identify_gguf(path)
     if SHARD.search(path.stem):
         raise ModelError(f"{str(path)!r} is one shard of several: give the folder of the whole model")
     return identify(read_header(path))
 
 
-def _read_gguf(path: Path) -> Contents:
+def _identify_gguf(path: Path) -> Contents:
     """Return what a GGUF file holds."""
+    contents = identify(read_gguf(path))
+    if contents.kind == WHOLE:
+        raise ModelError(f"{str(path)!r} is {contents.what}: of GGUF, files of a transformer or UNet alone are read")
+    return contents
+
+
+def read_gguf(path: Path) -> dict[str, TensorFacts]:
+    """Return what a GGUF file holds, by name, with the shapes that it stands for; no tensor is read.
+
+    Raises:
+        ModelError: it is damaged, or its reader is not installed.
+    """
     from importlib.util import find_spec
 
     if find_spec("gguf") is None:
         raise ModelError("GGUF files need gguf: pip install 'imagegen-diffusion[gguf]'")
     from gguf import GGUFReader
 
-    from imagegen.weights import TensorFacts
-
     try:
-        names = {tensor.name: TensorFacts("GGUF", tuple(map(int, tensor.shape))) for tensor in GGUFReader(path).tensors}
+        tensors = GGUFReader(path).tensors
+        return {tensor.name: TensorFacts("GGUF", tuple(int(side) for side in reversed(tensor.shape))) for tensor in tensors}
     except Exception as error:  # whatever the reader meets in damaged bytes
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{str(path)!r} is no GGUF file that can be read ({reason}): {AGAIN}") from None
-    contents = identify(names)
-    if contents.kind == WHOLE:
-        raise ModelError(f"{str(path)!r} is {contents.what}: of GGUF, files of a transformer or UNet alone are read")
-    return contents
 
 
 def _find_vae(vae: str | Path, variant: str | None, local_files_only: bool) -> Source:
