@@ -24,6 +24,7 @@ import imagegen
 from imagegen import DataError, ModelError, cli
 from imagegen.families import adapters
 from imagegen.families.conditioning import encode_captions, predict, silence_of
+from imagegen.fidelity import max_difference
 from imagegen.finetune.checkpoint import list_checkpoints, save_checkpoint
 from imagegen.finetune.loop import Learner, Training, batch_of, batches, seeded
 from imagegen.finetune.objective import objective_of
@@ -120,8 +121,9 @@ def test_stock_diffusers_loads_it_and_draws_our_picture(model, stock, trained):
     made = next((trained.folder / "made").glob("*.png"))
     with pytest.raises(imagegen.ReceiptError, match=r"made with pytorch_lora_weights\.safetensors at 0\.7"):
         imagegen.replay(made, model=model)
-    arguments = ["replay", str(made), "--lora", f"{trained.weights}:0.7"]
-    assert cli.run(arguments) == 0
+    renamed = shutil.copy(trained.weights, trained.folder / "made/renamed.safetensors")
+    for file in (trained.weights, renamed):
+        assert cli.run(["replay", str(made), "--lora", f"{file}:0.7"]) == 0
     stock.load_lora_weights(str(trained.folder), adapter_name="style")
     stock.set_adapters("style", 0.7)
     try:
@@ -332,7 +334,7 @@ def test_validation_pictures_are_rendered_and_change_nothing(model, folder, trai
         expected = model("a zorp number 1", seed=0).images[0]
     finally:
         model.remove_loras()
-    assert Image.open(tmp_path / "samples" / "000006-0.png").tobytes() == expected.tobytes()
+    assert max_difference(Image.open(tmp_path / "samples" / "000006-0.png"), expected) <= 1  # training lays weights out otherwise
 
 
 def test_averages_are_what_is_rendered_and_kept(model, folder, trained, tmp_path):

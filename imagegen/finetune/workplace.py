@@ -73,6 +73,7 @@ class Workplace:
             raise
         if recipe.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
+        self.denoiser.to(memory_format=torch.channels_last)  # convolutions of a training step: a tenth less time
         return self
 
     def _open(self, part: torch.nn.Module, layers: list[str]) -> list[torch.Tensor]:
@@ -89,6 +90,7 @@ class Workplace:
 
     def __exit__(self, *_: object) -> None:
         """Leave the model as it was: without adapters, with its own weights and its plan."""
+        self.denoiser.to(memory_format=torch.contiguous_format)
         if self.recipe.gradient_checkpointing:
             self.denoiser.disable_gradient_checkpointing()
         for part in self.parts.values():
