@@ -161,7 +161,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
     try:
         torch.empty(1, device=found)
     except Exception as error:  # AssertionError, NotImplementedError or RuntimeError, by the device
-        raise ModelError(f"device {device!r} is not here ({str(error).splitlines()[0][:100]}): {ways}") from error
+        raise ModelError(f"device {device!r} is not here ({str(error).splitlines()[0].split('. ')[0]}): {ways}") from error
     return found
 
 

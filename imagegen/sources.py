@@ -102,7 +102,7 @@ def find_source(
     path = local_path(source) if str(source) != EMBEDDED else embedded_folder()
     if path is not None and path.is_file():
         _refuse(revision=revision)
-        if base is None:
+        if base is None and vae is None:
             _refuse(variant=variant)
         found = _find_file(path, base, variant, local_files_only)
     elif path is not None:
@@ -111,9 +111,10 @@ def find_source(
     else:
         _refuse(base=base)
         found = _fetch(source, revision, variant, local_files_only)
-    if found.contents is None:
-        _check_variant(found.path, variant)
-    return found if vae is None else replace(found, vae=_find_vae(vae, variant, local_files_only))
+    if vae is not None:
+        found = replace(found, vae=_find_vae(vae, variant, local_files_only))
+    _check_variant(found)
+    return found
 
 
 def local_path(given: str | Path, what: str = "a model") -> Path | None:
@@ -180,18 +181,19 @@ def _fetch(source: str | Path, revision: str | None, variant: str | None, local_
     return Source(found[0], folder, commit, variant)
 
 
-def _check_variant(folder: Path, variant: str | None) -> None:
-    """Refuse a variant that no weights of a folder have.
+def _check_variant(source: Source) -> None:
+    """Refuse a variant that no weights have, of the source, its base and its decoder.
 
     Raises:
         ModelError: it is such.
     """
-    if variant is None:
+    if source.variant is None:
         return
-    there = {name_parts(path.name)[1] for path in folder.rglob("*.safetensors")} - {None}
-    if variant not in there:
+    folders = [one.path for one in (source, source.base, source.vae) if one is not None and one.contents is None]
+    there = {name_parts(path.name)[1] for folder in folders for path in folder.rglob("*.safetensors")} - {None}
+    if source.variant not in there:
         hint = f", or give one of its own: {', '.join(sorted(map(str, there)))}" if there else ""
-        raise ModelError(f"{str(folder)!r} has no variant {variant!r}: leave variant= out{hint}")
+        raise ModelError(f"{str(folders[0])!r} has no variant {source.variant!r}: leave variant= out{hint}")
 
 
 def _find_file(path: Path, base: str | Path | None, variant: str | None, local_files_only: bool) -> Source:
@@ -211,7 +213,7 @@ def _find_base(base: str | Path, variant: str | None, local_files_only: bool) ->
         raise ModelError(f"base={str(base)!r} is one file: give a folder in diffusers' layout, or a hub id")
     found = hub.parse_id(base) if isinstance(base, str) and path is None else None
     if found is None:
-        return find_source(base, variant=variant)
+        return replace(find_source(base), variant=variant)
     folder, commit = hub.fetch(*found, variant, local_files_only, without=("unet", "transformer"))
     return Source(found[0], folder, commit, variant)
 

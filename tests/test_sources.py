@@ -227,6 +227,9 @@ def test_variant(folder_of, model_of, tmp_path):
         imagegen.load(unet, base=plain, variant="fp16")
     with pytest.raises(imagegen.ModelError, match=r"variant='fp16' is for folders and hub ids"):
         imagegen.load(unet, variant="fp16")
+    for source in (plain, unet):  # it is the decoder alone that has it
+        decoded = imagegen.load(source, vae=folder / "vae", variant="fp16", base=plain if source == unet else None)
+        assert "vae/diffusion_pytorch_model.fp16.safetensors" in decoded.hashes
     both = shutil.copytree(plain, tmp_path / "plain and a half")
     shutil.copy(folder / "unet/diffusion_pytorch_model.fp16.safetensors", both / "unet")
     decoded = imagegen.load(both, vae=folder / "vae", variant="fp16")
