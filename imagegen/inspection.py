@@ -109,7 +109,21 @@ def _inspect_components(folder: Path, kinds: dict[str, type], variant: str | Non
 
 
 def _read(folder: Path, kind: Any) -> None:
-    """Read a component without weights: a tokenizer, a scheduler."""
+    """Read a component that is settings and words alone, such as a scheduler or a tokenizer; nothing that might hold weights.
+
+    Raises:
+        ModelError: it cannot be read, or is of a kind that diffusers does not load.
+    """
+    import diffusers
+    import transformers
+
+    if not hasattr(kind, "save_pretrained"):  # transformers' AutoModel and its like
+        raise ModelError(f"{str(folder)!r} is named as a {kind.__name__}, which diffusers does not load")
+    with quiet():
+        words = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
+        pictures = (transformers.FeatureExtractionMixin, transformers.ImageProcessingMixin)
+        if not issubclass(kind, (diffusers.SchedulerMixin, *words, *pictures)):
+            return
     if "Tokenizer" in kind.__name__ and "ByT5" not in kind.__name__:
         check_tokenizer(folder)
     with quiet(), reading(folder):

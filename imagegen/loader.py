@@ -42,7 +42,7 @@ def load(
         dtype: a torch dtype or its name; by default the family's reference dtype.
         plan: what `Model.set_plan` takes.
         local_files_only: look for a hub id in the hub's cache alone.
-        variant: of the weights in a folder or a repository, as in `fp16`.
+        variant: of the weights in a folder or a repository, as in `fp16`; of one file, those of its base and decoder.
         base: for one file: the folder or hub id of the model that it belongs to, for what the file lacks.
         vae: another decoder: a folder, a `.safetensors` file or a hub id; by default the `vae/` in the model's own folder.
         memory_gib: the most memory to take for a picture of the native size; levers that save memory are

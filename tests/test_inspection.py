@@ -166,19 +166,39 @@ def test_what_has_no_weights_is_read(folder, name, content, part):
         imagegen.load(folder)
 
 
+@pytest.mark.parametrize(("part", "kind"), [("text_encoder", "AutoModel"), ("tokenizer", "AutoTokenizer")])
+def test_no_code_that_comes_with_weights_is_run(folder, tmp_path, part, kind):
+    mark = tmp_path / "executed"
+    (folder / part / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    for file in (folder / part).glob("*config.json"):
+        own = {"auto_map": {kind: "own.Own", "AutoConfig": "own.Own"}, "model_type": "own"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {part: ["transformers", kind]}))
+    assert faults(folder) == {part: [f"{str(folder / part)!r} is named as a {kind}, which diffusers does not load"]}
+    with pytest.raises(imagegen.ModelError):
+        imagegen.load(folder)
+    assert not mark.exists()
+
+
 @pytest.mark.parametrize(
-    "how", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "quanto"}, {"a": 1}, "x"]
+    ("part", "how"),
+    [
+        ("unet", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("unet", {"quant_method": "quanto"}),
+        ("unet", {"a": 1}),
+        ("unet", "x"),
+        ("text_encoder", {"quant_method": "quanto"}),
+        ("text_encoder", "x"),
+    ],
 )
-@pytest.mark.parametrize("part", ["unet", "text_encoder"])
-def test_a_quantisation_that_cannot_be_read(folder, how, part):
+def test_a_quantisation_that_cannot_be_read(folder, part, how):
     config = json.loads((folder / part / "config.json").read_text())
     (folder / part / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
-    try:
+    ((wrong,),) = faults(folder).values()
+    assert "cannot be loaded" in wrong
+    with pytest.raises(imagegen.ModelError, match="cannot be loaded"):
         imagegen.load(folder)
-        assert faults(folder) == {}
-    except imagegen.ModelError:
-        ((wrong,),) = faults(folder).values()
-        assert "cannot be loaded" in wrong
 
 
 def test_a_decoder_of_its_own_is_checked(folder, tmp_path):
