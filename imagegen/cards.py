@@ -1,5 +1,6 @@
 """Published checkpoints that are known by name: their family, licence, and what they do differently. Plain data."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ _STABILITY = "Free below a yearly revenue that the licence names; outputs may no
 _DEEPSEEK = "DeepSeek-Model-License-1.0"
 _JANUS = "Commercial use is permitted; the restrictions of use in its Attachment A are passed on with the weights."
 _BFL = "Weights for non-commercial use; outputs may not train a competing model."
+
+_PRECISION = r"(-(fp?\d+|bf16|e\dm\d(fn)?|scaled|i?q\d(-\w+)*))+$"
+
+
+def _plain(name: str) -> str:
+    """Return a model's name as it is compared: without what folders, suffixes, spelling and precisions add to it."""
+    name = name.lower().rpartition("--")[2].removesuffix(".safetensors").removesuffix(".gguf")
+    return re.sub(_PRECISION, "", re.sub(r"[^a-z0-9]+", "-", name))
+
 
 CARDS = {
     card.name: card
@@ -144,9 +154,35 @@ CARDS = {
 }  # fmt: skip
 
 
+# What the publishers, and those who repack their weights, call files, where it is not the name of the repository.
+FILES = {
+    "v1-5-pruned": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "v1-5-pruned-emaonly": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd-xl-base-1-0": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd-xl-turbo-1-0": "stabilityai/sdxl-turbo",
+    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3-medium-incl-clips": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3-5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd3-5-large": "stabilityai/stable-diffusion-3.5-large",
+    "sd3-5-large-turbo": "stabilityai/stable-diffusion-3.5-large-turbo",
+    "flux1-dev": "black-forest-labs/FLUX.1-dev",
+    "flux1-schnell": "black-forest-labs/FLUX.1-schnell",
+    "flux1-kontext-dev": "black-forest-labs/FLUX.1-Kontext-dev",
+    "flux1-dev-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+    "flux1-fill-dev": "black-forest-labs/FLUX.1-Fill-dev",
+    "flux2-dev": "black-forest-labs/FLUX.2-dev",
+}
+_NAMES = {_plain(name.split("/")[1]): card for name, card in CARDS.items() if "/" in name}
+_NAMES |= {file: CARDS[name] for file, name in FILES.items()}
+
+
 def card_of(source: str) -> Card | None:
-    """Return the card of a model: by its published name, or by a folder of that name; None where there is none."""
-    if source in CARDS:
-        return CARDS[source]
-    folder = Path(source).name.lower()
-    return next((card for card in CARDS.values() if "/" in card.name and card.name.split("/")[1].lower() == folder), None)
+    """Return the card of a model; None where there is none.
+
+    Args:
+        source: its published name; or where it is: in the hub's cache, in a folder or a file of its name, or a link to them.
+    """
+    path = Path(source)
+    places = [path, path.resolve()] if path.is_absolute() else [path]
+    names = [name for place in places for name in (place.name, *(part for part in place.parts if part.startswith("models--")))]
+    return CARDS.get(source) or next((_NAMES[name] for name in map(_plain, names) if name in _NAMES), None)

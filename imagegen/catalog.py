@@ -179,11 +179,11 @@ def embedded_folder() -> Path:
     return packaged if packaged.is_dir() else here.parent / "weights" / EMBEDDED
 
 
-def family_of(source: str, pipeline_class: str) -> Family | None:
-    """Return the family of a model: by its card where its name has one, else by its pipeline's class."""
-    card = card_of(source)
-    if card and FAMILIES[card.family].pipeline == pipeline_class:
-        return replace(FAMILIES[card.family], **card.changes)
+def family_of(pipeline_class: str, *names: str) -> Family | None:
+    """Return the family of a model: by the card of the first of its names that has one, else by its pipeline's class."""
+    for card in map(card_of, names):
+        if card and FAMILIES[card.family].pipeline == pipeline_class:
+            return replace(FAMILIES[card.family], **card.changes)
     named = [family for family in FAMILIES.values() if family.pipeline == pipeline_class and family.name != EMBEDDED]
     return named[0] if named else None
 

@@ -4,23 +4,25 @@ No weights are read but to hash them: modules are made without memory, and one-f
 """
 
 import hashlib
-import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from imagegen.families import janus
-from imagegen.families.components import DTYPES, classes_of, has_weights, reading, stored_in
+from imagegen.contents import quantisation_of
+from imagegen.families import janus, single_file
+from imagegen.families.components import check_tokenizer, classes_of, has_weights, read_config, reading, stored_in
 from imagegen.families.libraries import quiet
-from imagegen.families.loading import load_pipeline
+from imagegen.families.loading import load_pipeline, load_vae
 from imagegen.request import ModelError
-from imagegen.sources import INDEX, Source, read_index
+from imagegen.sources import INDEX, Source, read_gguf, read_index
 from imagegen.weights import TensorFacts, component_weights, file_fault, hash_file, read_header
 
 SUMS = "SHA256SUMS"
+GONE = "is a link to a file that is not here: a download that was cut off; download it again"
 SHOWN = 8  # faults of one kind in one component; the rest are counted
 
 
@@ -31,10 +33,12 @@ class Inspection:
     Attributes:
         files: what is wrong, by file or component; an empty list where nothing is.
         notes: what is remarkable and not wrong.
+        recorded: of how many files a hash is recorded.
     """
 
     files: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    recorded: int = 0
 
     @property
     def ok(self) -> bool:
@@ -63,81 +67,169 @@ def inspect(source: Source, of_janus: janus.Folder | None = None) -> Inspection:
         _inspect_folder(source, found)
     else:
         _inspect_file(source, found)
+    if not found.recorded:
+        found.notes.append(f"no hashes are recorded: neither by the hub's cache nor in {SUMS}")
     return found
 
 
 def _inspect_folder(source: Source, found: Inspection) -> None:
     folder = source.path
     index = read_index(folder)
+    replaced = () if source.vae is None else ("vae",)
+    _check_files(folder, found, without=replaced)
     try:
-        kinds = classes_of(folder, index)
+        kinds = classes_of(folder, index, replaced)
     except ModelError as error:
         found.add(INDEX, str(error))
         return
-    sums, recorded = read_sums(folder), 0
+    _inspect_components(folder, {name: kind for name, kind in kinds.items() if name not in replaced}, source.variant, found)
+    if source.vae is not None:
+        _check_vae(source.vae, found)
+        _try(found, "vae", load_vae, source, index, kinds, None)
+
+
+def _inspect_components(folder: Path, kinds: dict[str, type], variant: str | None, found: Inspection, prefix: str = "") -> None:
+    """Check components of a folder: weights against their configurations, and that everything else can be read."""
     for name, kind in kinds.items():
         if not has_weights(kind):
+            _try(found, f"{prefix}{name}", _read, folder / name, kind)
             continue
         try:
-            files = component_weights(folder / name, source.variant)
+            files = component_weights(folder / name, variant)
         except ModelError as error:
-            found.add(name, str(error))
+            found.add(f"{prefix}{name}", str(error))
             continue
-        for file in files:
-            wanted = recorded_hash(file) or sums.get(f"{name}/{file.name}")
-            recorded += wanted is not None
-            fault = file_fault(file)
-            found.add(f"{name}/{file.name}", *([fault] if fault else []), *_check_hash(file, wanted))
-        if not any(file_fault(file) for file in files):
-            faults = compare_tensors(folder / name, kind, files, source.variant, found.notes)
-            found.add(f"{name}/{files[0].name}", *faults)
-    if not recorded:
-        found.notes.append(f"no hashes are recorded: neither by the hub's cache nor in {SUMS}")
+        faults = {file: file_fault(file) for file in files}
+        for file, fault in faults.items():
+            known = found.files.get(f"{prefix}{name}/{file.name}")
+            found.add(f"{prefix}{name}/{file.name}", *([fault] if fault and not (known and GONE in known) else []))
+        if not any(faults.values()):
+            wrong = compare_tensors(folder / name, kind, files, variant, found.notes)
+            found.add(f"{prefix}{name}/{files[0].name}", *wrong)
+
+
+def _read(folder: Path, kind: Any) -> None:
+    """Read a component that is settings and words alone, such as a scheduler or a tokenizer; nothing that might hold weights.
+
+    Raises:
+        ModelError: it cannot be read, or is of a kind that diffusers does not load.
+    """
+    import diffusers
+    import transformers
+
+    if not hasattr(kind, "save_pretrained"):  # transformers' AutoModel and its like
+        raise ModelError(f"{str(folder)!r} is named as a {kind.__name__}, which diffusers does not load")
+    with quiet():
+        words = (transformers.PreTrainedTokenizerBase, transformers.ProcessorMixin)
+        pictures = (transformers.FeatureExtractionMixin, transformers.ImageProcessingMixin)
+        if not issubclass(kind, (diffusers.SchedulerMixin, *words, *pictures)):
+            return
+    if "Tokenizer" in kind.__name__ and "ByT5" not in kind.__name__:
+        check_tokenizer(folder)
+    with quiet(), reading(folder):
+        kind.from_pretrained(str(folder), local_files_only=True)
 
 
 def _inspect_janus(source: Source, folder: janus.Folder, found: Inspection) -> None:
     files = folder.weights()
-    sums = read_sums(folder.folder)
+    _check_files(folder.folder, found, without=() if source.vae is None else ("vae",))
+    if source.vae is not None:
+        _check_vae(source.vae, found)
     for file in files:
         fault = file_fault(file) if file.suffix == ".safetensors" else None
-        found.add(file.name, *([fault] if fault else []), *_check_hash(file, recorded_hash(file) or sums.get(file.name)))
+        found.add(file.name, *([fault] if fault else []))
     if any(file.suffix != ".safetensors" for file in files):
         found.notes.append("weights in PyTorch's format are compared with the configuration when they are loaded")
     elif found.ok:
-        try:
-            vae = source.vae.path if source.vae is not None else None
-            with quiet():
-                janus.load(folder, vae, torch.device("cpu"), stored_in(files[0]))  # they stay in the file
-        except ModelError as error:
-            found.add("config.json", str(error))
+        vae = source.vae.path if source.vae is not None else None
+        with quiet():  # weights stay in the file
+            _try(found, "config.json", janus.load, folder, vae, torch.device("cpu"), stored_in(files[0]))
 
 
 def _inspect_file(source: Source, found: Inspection) -> None:
-    path = source.path
-    wanted = recorded_hash(path) or read_sums(path.parent).get(path.name)
-    found.add(path.name, *_check_hash(path, wanted))
-    if wanted is None:
-        found.notes.append(f"no hash is recorded: neither by the hub's cache nor in {SUMS}")
-    if path.suffix == ".gguf":
-        found.notes.append("the shapes of a GGUF file are compared when it is loaded")
+    assert source.base is not None and source.contents is not None
+    folder = source.diffusers_folder
+    index = read_index(folder)
+    denoiser = "transformer" if "transformer" in index else "unet"
+    found.add(source.path.name, *_check_file(source.path, read_sums(source.path.parent).get(source.path.name), found))
+    if not source.built_in:
+        _check_files(folder, found, "base/", without=(denoiser,))
+    if source.vae is not None:
+        _check_vae(source.vae, found)
+    if source.path.suffix != ".gguf":
+        _try(found, source.path.name, load_pipeline, source, torch.device("cpu"), None)
         return
     try:
-        load_pipeline(source, torch.device("cpu"), None)
+        kinds = classes_of(folder, index, () if source.vae is None else ("vae",))
     except ModelError as error:
-        found.add(path.name, str(error))
+        found.add(f"base/{INDEX}", str(error))
+        return
+    _try(found, source.path.name, single_file.check_base, source, index["_class_name"], read_config(folder / denoiser))
+    if found.ok:
+        found.add(source.path.name, *_compare_gguf(source.path, folder / denoiser, kinds[denoiser]))
+    rest = {name: kind for name, kind in kinds.items() if name != denoiser and not (name == "vae" and source.vae is not None)}
+    _inspect_components(folder, rest, source.base.variant, found, "base/")
+    if source.vae is not None:
+        _try(found, "vae", load_vae, source, index, kinds, None)
 
 
-def _check_hash(file: Path, wanted: str | None) -> list[str]:
-    """Return the fault of a file that is not what was recorded; nothing where nothing was."""
-    if wanted is None:
-        return []
-    content = file.read_bytes() if len(wanted) == 40 else b""
-    have = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() if content else hash_file(file)
-    return (
-        []
-        if have == wanted
-        else [f"its hash is {have[:12]}…, and {wanted[:12]}… is recorded: damaged or changed; download it again"]
-    )
+def _try(found: Inspection, name: str, check: Any, *given: Any) -> None:
+    """Record what a check says against a file or component."""
+    try:
+        check(*given)
+        found.add(name)
+    except ModelError as error:
+        found.add(name, str(error))
+
+
+def _check_vae(vae: Source, found: Inspection) -> None:
+    """Hold the files of a decoder given beside the model against their recorded hashes."""
+    if vae.contents is None:
+        _check_files(vae.path, found, "vae/")
+    else:
+        found.add(f"vae/{vae.path.name}", *_check_file(vae.path, read_sums(vae.path.parent).get(vae.path.name), found))
+
+
+def _check_files(folder: Path, found: Inspection, prefix: str = "", without: Collection[str] = ()) -> None:
+    """Hold every file of a folder against the hash that is recorded of it, where one is.
+
+    Args:
+        folder: of a model.
+        found: gets what is wrong.
+        prefix: of the names of its files.
+        without: components whose weights are not loaded.
+    """
+    sums = read_sums(folder)
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        unused = file.parent.name in without and file.suffix == ".safetensors"
+        if file.is_dir() or unused or name.startswith(".cache/"):
+            continue
+        before = found.recorded
+        faults = _check_file(file, sums.get(name), found)
+        if faults or found.recorded > before:
+            found.add(f"{prefix}{name}", *faults)
+
+
+def _check_file(file: Path, summed: str | None, found: Inspection) -> list[str]:
+    """Return the fault of a file that is not what was recorded, or not here; nothing where nothing was."""
+    wanted = recorded_hash(file) or summed
+    found.recorded += wanted is not None
+    try:
+        if wanted is None:
+            file.open("rb").close()
+            return []
+        if len(wanted) == 40:
+            content = file.read_bytes()
+            have = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        else:
+            have = hash_file(file)
+    except FileNotFoundError:
+        return [GONE]
+    except OSError as error:
+        return [f"cannot be read: {error.strerror}"]
+    said = f"its hash is {have[:12]}…, and {wanted[:12]}… is recorded: damaged or changed; download it again"
+    return [] if have == wanted else [said]
 
 
 def recorded_hash(file: Path) -> str | None:
@@ -185,6 +277,7 @@ def compare_tensors(folder: Path, kind: Any, files: list[Path], variant: str | N
     for file in files:
         have |= read_header(file)
     try:
+        config = read_config(folder)
         with quiet(), reading(folder):
             if issubclass(kind, diffusers.ModelMixin):
                 missing, unexpected, shapes = _compare_diffusers(folder, kind, have)
@@ -193,17 +286,52 @@ def compare_tensors(folder: Path, kind: Any, files: list[Path], variant: str | N
                 missing, unexpected, shapes = _compare_transformers(folder, kind, variant if inside else None)
     except ModelError as error:
         return [str(error)]
-    if unexpected:
-        notes.append(
-            f"{folder.name} holds {len(unexpected)} tensors that a {kind.__name__} does not use, {unexpected[0]!r} first"
-        )
-    whole = sorted(name for name, facts in have.items() if facts.dtype not in DTYPES and name.endswith("weight"))
-    quantised = "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    faults = [f"lacks {name!r}" for name in missing]
-    if not quantised:
+    surplus = f"{len(unexpected)} tensors that a {kind.__name__} does not use, {unexpected[0]!r} first" if unexpected else ""
+    used = issubclass(kind, diffusers.ModelMixin) and not hasattr(kind, "decode")  # text encoders and decoders are often cut
+    if surplus and not used:
+        notes.append(f"{folder.name} holds {surplus}")
+    faults = [f"lacks {name!r}" for name in missing] + ([f"holds {surplus}"] if surplus and used else [])
+    if "quantization_config" not in config:
         faults += [f"{name!r} is {list(is_)}, and its config.json says {list(says)}" for name, is_, says in shapes]
-        faults += [f"{name!r} is {have[name].dtype}, which its config.json does not name" for name in whole]
+        how = quantisation_of(have)
+        faults += [f"is quantised ({how}), which its config.json does not name"] if how else []
+    return _shown(faults)
+
+
+def _shown(faults: list[str]) -> list[str]:
     return faults[:SHOWN] + ([f"and {len(faults) - SHOWN} faults more"] if len(faults) > SHOWN else [])
+
+
+def _compare_gguf(path: Path, base: Path, kind: Any) -> list[str]:
+    """Compare a GGUF file with the denoiser's configuration in its base, as diffusers would name the file's tensors.
+
+    Args:
+        path: the file.
+        base: the folder of the denoiser in its base.
+        kind: the denoiser's class.
+
+    Returns:
+        What is wrong: tensors that are missing, of no use, or of another shape.
+    """
+    from diffusers.loaders import single_file_model as conversions
+
+    try:
+        with quiet(), reading(path):
+            config = kind.load_config(str(base))
+            with torch.device("meta"):
+                wanted = kind.from_config(config).state_dict()
+                have: dict[str, Any] = {name: torch.empty(facts.shape) for name, facts in read_gguf(path).items()}
+                have = single_file.with_prefix(have)
+                if conversions._should_convert_state_dict_to_diffusers(wanted, have):
+                    own = conversions._get_single_file_loadable_mapping_class(kind)
+                    convert = conversions.SINGLE_FILE_LOADABLE_CLASSES[own]["checkpoint_mapping_fn"]
+                    have = convert(config=config, checkpoint=have)
+    except ModelError as error:
+        return [str(error)]
+    shapes = {name: (list(have[name].shape), list(wanted[name].shape)) for name in sorted(have.keys() & wanted.keys())}
+    faults = [f"lacks {name!r}" for name in sorted(wanted.keys() - have.keys())]
+    faults += [f"{name!r} is {is_}, and its base says {says}" for name, (is_, says) in shapes.items() if is_ != says]
+    return _shown(faults)
 
 
 Found = tuple[list[str], list[str], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]
@@ -211,8 +339,15 @@ Found = tuple[list[str], list[str], list[tuple[str, tuple[int, ...], tuple[int, 
 
 def _compare_diffusers(folder: Path, kind: Any, have: dict[str, TensorFacts]) -> Found:
     """Return the tensors that are missing, unexpected, and of another shape."""
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    config = kind.load_config(str(folder))
+    if config.get("quantization_config") is not None:
+        DiffusersAutoQuantizer.from_config(config["quantization_config"], pre_quantized=True).validate_environment(
+            torch_dtype=None, device_map=None
+        )
     with torch.device("meta"):
-        module = kind.from_config(kind.load_config(str(folder)))
+        module = kind.from_config(config)
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     named = dict(have)
     module._fix_state_dict_keys_on_load(named)  # names of older versions

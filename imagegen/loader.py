@@ -10,9 +10,10 @@ import torch
 from imagegen.catalog import EMBEDDED, FAMILIES, Family, family_of
 from imagegen.families import diffusion, janus
 from imagegen.families.loading import pipeline_class
+from imagegen.families.outline import outline
 from imagegen.model import Model
 from imagegen.request import ModelError
-from imagegen.sources import Source, all_weights, find_source
+from imagegen.sources import Source, files_of, find_source, local_path
 from imagegen.speed import Plan
 from imagegen.weights import stored_dtype
 
@@ -41,7 +42,7 @@ def load(
         dtype: a torch dtype or its name; by default the family's reference dtype.
         plan: what `Model.set_plan` takes.
         local_files_only: look for a hub id in the hub's cache alone.
-        variant: of the weights in a folder or a repository, as in `fp16`.
+        variant: of the weights in a folder or a repository, as in `fp16`; of one file, those of its base and decoder.
         base: for one file: the folder or hub id of the model that it belongs to, for what the file lacks.
         vae: another decoder: a folder, a `.safetensors` file or a hub id; by default the `vae/` in the model's own folder.
         memory_gib: the most memory to take for a picture of the native size; levers that save memory are
@@ -76,11 +77,27 @@ def find_model(source: str | Path, where: dict[str, Any]) -> tuple[Source, janus
     Raises:
         ModelError: it is not there, or is no model.
     """
-    beside = janus.find(Path(source))
+    path = local_path(source)
+    beside = janus.find(path) if path is not None else None
     if beside is not None:
-        return replace(find_source(beside.folder, **where), name=str(source)), beside
+        return replace(find_source(beside.folder, **where), name=str(path)), beside
     found = find_source(source, **where)
     return found, janus.find(found.path) if found.contents is None else None
+
+
+def describe(source: Source, of_janus: janus.Folder | None) -> Family:
+    """Return what a model makes and its defaults, as it will once loaded, from its configurations alone.
+
+    Args:
+        source: found.
+        of_janus: of a Janus model, its folder.
+
+    Raises:
+        ModelError: it is none that this version runs, or a configuration is missing or damaged.
+    """
+    if of_janus is not None:
+        return _janus_family(of_janus, janus.size_px(of_janus))
+    return diffusion.describe(outline(source), _find_family(source))
 
 
 Made = tuple[Any, Family, dict[str, Path]]
@@ -94,14 +111,14 @@ def _load_stock(found: Source, device: torch.device, dtype: Any) -> Made:
 
 
 def _load_janus(folder: janus.Folder, found: Source, device: torch.device, dtype: Any) -> Made:
-    family = FAMILIES[folder.kind]
     vae = found.vae.path if found.vae is not None else None
-    pipeline, files = janus.load(folder, vae, device, _find_dtype(dtype, device, family))
-    size = pipeline.size_px
-    family = replace(family, size_px=size, multiple_px=size, min_px=size, max_px=size)
-    if family.temperature is not None:
-        family = replace(family, num_steps=pipeline.num_timesteps)
-    return pipeline, family, files
+    pipeline, files = janus.load(folder, vae, device, _find_dtype(dtype, device, FAMILIES[folder.kind]))
+    return pipeline, _janus_family(folder, pipeline.size_px), files
+
+
+def _janus_family(folder: janus.Folder, size: int) -> Family:
+    family = replace(FAMILIES[folder.kind], size_px=size, multiple_px=size, min_px=size, max_px=size)
+    return family if family.temperature is None else replace(family, num_steps=size // janus.PATCH_PX)
 
 
 def _find_family(source: Source) -> Family:
@@ -111,14 +128,15 @@ def _find_family(source: Source) -> Family:
         ModelError: it is none that this version runs.
     """
     kind = pipeline_class(source)
-    family = family_of((source.base or source).name, kind) or diffusion.family_of_class(kind)
+    names = [source.name] if source.base is None else [source.name, source.base.name]
+    family = family_of(kind, *names) or diffusion.family_of_class(kind)
     if family is None:
         known = sorted({known.pipeline for known in FAMILIES.values()})
         raise ModelError(
             f"{source.name!r} is a {kind}, which this version does not run: it runs {', '.join(known)}, "
             "and any other class of diffusers that makes a picture from a prompt"
         )
-    if stored_dtype(all_weights(source)) == "F32":
+    if stored_dtype(files_of(source).values()) == "F32":
         family = replace(family, reference_dtype="float32")  # no reference is coarser than the weights it comes from
     return family
 
@@ -131,19 +149,26 @@ def find_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ways = "use cpu, cuda, or cuda:1 …"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ModelError(f"unknown device {device!r}: use cpu, cuda, or cuda:1 …") from error
+        raise ModelError(f"unknown device {device!r}: {ways}") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r} is not here: this torch sees no CUDA device; use device='cpu'")
+    if found.type == "meta":
+        raise ModelError(f"device {device!r} holds no values, and makes no pictures: {ways}")
+    try:
+        torch.empty(1, device=found)
+    except Exception as error:  # AssertionError, NotImplementedError or RuntimeError, by the device
+        raise ModelError(f"device {device!r} is not here ({str(error).splitlines()[0].split('. ')[0]}): {ways}") from error
     return found
 
 
 def _find_dtype(dtype: str | torch.dtype | None, device: torch.device, family: Family) -> torch.dtype:
     name = family.reference_dtype if dtype is None else str(dtype).removeprefix("torch.")
     found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ModelError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     if found == torch.float16 and device.type == "cpu":
         raise ModelError("float16 on a CPU is hundreds of times slower than float32: use dtype='bfloat16' or 'float32'")

@@ -8,10 +8,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from imagegen.request import ModelError
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors",)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # at the end of a shard's name
+LIMIT = 64 * 2**20  # bytes of a configuration or an index, at most
 AGAIN = "copy or download it again"
 _PICKLE = "pickles may hold code and are not opened; use its .safetensors, or convert it with a tool that you trust"
 
@@ -40,6 +45,28 @@ def cache_folder() -> Path:
 def list_weights(folder: Path) -> list[Path]:
     """Return a model folder's weight files, sorted."""
     return sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+
+
+def name_parts(name: str) -> tuple[str, str | None]:
+    """Return the stem and the variant in a weight file's name: `model` and `fp16` of `model.fp16-00001-of-00002.safetensors`."""
+    stem = SHARD.sub("", name.rpartition("/")[2].removesuffix(".safetensors"))
+    first, _, rest = stem.partition(".")
+    return (first, rest or None) if first in STEMS else (stem, None)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; it may be anybody's.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or none that anybody would write.
+    """
+    if path.stat().st_size > LIMIT:
+        raise ValueError("it is far too large")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def save_weights(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, str]) -> Path:
@@ -64,12 +91,15 @@ def save_weights(path: Path, tensors: "dict[str, torch.Tensor]", metadata: dict[
 
 
 def stored_dtype(files: Iterable[Path]) -> str:
-    """Return the dtype of most tensors of the largest weight file, as safetensors names it; empty where none is readable."""
+    """Return the dtype of most bytes of the largest weight file, as safetensors names it; empty where none is readable."""
     largest = max((path for path in files if path.is_file()), key=lambda path: path.stat().st_size, default=None)
     if largest is None or file_fault(largest):
         return ""  # loading says what is wrong with the file
-    dtypes = [tensor.dtype for tensor in read_header(largest).values()]
-    return max(sorted(set(dtypes)), key=dtypes.count)
+    sizes: Counter[str] = Counter()
+    for tensor in read_header(largest).values():
+        bits = re.search(r"\d+", tensor.dtype)  # as in BF16 and F8_E4M3
+        sizes[tensor.dtype] += math.prod(tensor.shape) * (int(bits[0]) if bits else 8)
+    return max(sorted(sizes), key=lambda dtype: sizes[dtype])
 
 
 def hash_file(path: Path) -> str:
@@ -122,12 +152,12 @@ def component_weights(folder: Path, variant: str | None = None) -> list[Path]:
     """
     for infix in (f".{variant}", "") if variant else ("",):
         for stem in STEMS:
-            index = folder / f"{stem}.safetensors.index{infix}.json"
-            if os.path.lexists(index):
-                return _shards(index)
-            file = folder / f"{stem}{infix}.safetensors"
-            if os.path.lexists(file):
+            index, file = folder / f"{stem}.safetensors.index{infix}.json", folder / f"{stem}{infix}.safetensors"
+            shards, one = os.path.lexists(index), os.path.lexists(file)
+            if one and (stem == "model" or not shards):  # where both lie there, transformers takes the file, diffusers the shards
                 return [file]
+            if shards:
+                return _shards(index)
     others = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     if others:
         raise ModelError(f"{str(folder)!r} holds its weights as a pickle only ({others[0]}): {_PICKLE}")
@@ -138,7 +168,7 @@ def component_weights(folder: Path, variant: str | None = None) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{str(index)!r} is no index of shards that can be read ({error}): copy or download it again") from None
@@ -209,18 +239,6 @@ def _other_kind(start: bytes) -> str | None:
     if start.startswith(b"GGUF"):
         return "it is a GGUF file: name it .gguf, and give base="
     return None
-
-
-def check_weights(folder: Path) -> dict[str, list[str]]:
-    """Read every weight file's header without loading it; return what is wrong with each file.
-
-    Raises:
-        ModelError: the folder holds no weights.
-    """
-    found = {path.relative_to(folder).as_posix(): [wrong] if (wrong := file_fault(path)) else [] for path in list_weights(folder)}
-    if not found:
-        raise ModelError(f"{str(folder)!r} holds no .safetensors weights")
-    return found
 
 
 def read_remembered(name: str) -> dict[str, str]:

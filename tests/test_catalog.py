@@ -65,9 +65,9 @@ def test_every_family_names_a_pipeline_of_diffusers_or_of_ours():
 
 
 def test_every_picture_of_the_auto_pipeline_has_a_family():
-    """All of diffusers' own list of text-to-image pipelines."""
-    classes = {kind.__name__ for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
-    without = {name for name in classes if not (family_of("", name) or family_of_class(name))}
+    """All of diffusers' own list of text-to-image pipelines, but those of a ControlNet, which is added to a model."""
+    classes = {kind.__name__ for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values() if "ControlNet" not in kind.__name__}
+    without = {name for name in classes if not (family_of(name) or family_of_class(name))}
     assert without == {"HeliosPipeline", "HeliosPyramidPipeline"}  # of films
 
 
@@ -87,8 +87,44 @@ def test_cards_name_a_family_and_what_differs():
         family = FAMILIES[card.family]
         assert card.licence
         assert card.terms
-        changed = family_of(card.name, family.pipeline)
+        changed = family_of(family.pipeline, card.name)
         assert all(getattr(changed, name) == value for name, value in card.changes.items())
-    turbo = family_of("models/sdxl-turbo", "StableDiffusionXLPipeline")
-    assert (turbo.num_steps, turbo.guidance, turbo.distilled) == (1, 1.0, True)
-    assert family_of("models/another", "StableDiffusionXLPipeline") == FAMILIES["stable-diffusion-xl"]
+
+
+TURBO = "StableDiffusionXLPipeline", 1
+SPELLINGS = [
+    ("stabilityai/sdxl-turbo", *TURBO),
+    ("models/sdxl-turbo", *TURBO),
+    ("/cache/models--stabilityai--sdxl-turbo/snapshots/71153311d3dbb46851df1931d3ca6e939de83304", *TURBO),
+    ("/files/sd_xl_turbo_1.0_fp16.safetensors", *TURBO),
+    ("/files/sdxl-turbo.safetensors", *TURBO),
+    ("/files/z_image_turbo_bf16.safetensors", "ZImagePipeline", 9),
+    ("/files/z-image-turbo-Q4_K_M.gguf", "ZImagePipeline", 9),
+    ("/files/sd3.5_large_turbo.safetensors", "StableDiffusion3Pipeline", 4),
+    ("/files/hidream_i1_fast_fp8.safetensors", "HiDreamImagePipeline", 16),
+    ("/files/HiDream-I1-Dev", "HiDreamImagePipeline", 28),
+    ("/files/flux1-schnell-Q8_0.gguf", "FluxPipeline", 4),
+]
+
+
+@pytest.mark.parametrize(("name", "pipeline", "num_steps"), SPELLINGS)
+def test_a_model_is_known_by_every_spelling_of_its_place(name, pipeline, num_steps):
+    family = family_of(pipeline, name)
+    assert (family.num_steps, family.guidance, family.distilled) == (num_steps, 1.0, True)
+
+
+def test_a_model_is_known_through_a_link(tmp_path):
+    (tmp_path / "sdxl-turbo").mkdir()
+    (tmp_path / "mine").symlink_to("sdxl-turbo")
+    assert family_of("StableDiffusionXLPipeline", str(tmp_path / "mine")).num_steps == 1
+
+
+@pytest.mark.parametrize("name", ["models/another", "/x/sdxl-turbo-remix.safetensors", "/sdxl-turbo/other.safetensors", "/"])
+def test_another_name_is_another_model(name):
+    assert family_of("StableDiffusionXLPipeline", name) == FAMILIES["stable-diffusion-xl"]
+
+
+def test_one_file_has_its_own_defaults_else_its_bases():
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert family_of("StableDiffusionXLPipeline", "/x/sdxl-turbo.safetensors", base).num_steps == 1
+    assert family_of("StableDiffusionXLPipeline", "/x/mine.safetensors", "stabilityai/sdxl-turbo").num_steps == 1

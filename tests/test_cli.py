@@ -360,6 +360,18 @@ def test_generate_with_another_family(folder_of):
 
 
 def test_models_show_a_folders_defaults(folder_of, capsys):
-    assert cli.run(["models", "show", str(folder_of("sdxl")), "--json"]) == 0
+    assert cli.run(["models", "show", str(folder_of("flux-schnell")), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["card"], shown["defaults"]["name"], shown["defaults"]["guidance"]) == (None, "stable-diffusion-xl", 5.0)
+    defaults = {name: shown["defaults"][name] for name in ("name", "num_steps", "guidance", "reference_dtype", "scheduler")}
+    assert shown["card"] is None and defaults == {
+        "name": "flux.1", "num_steps": 4, "guidance": 1.0, "reference_dtype": "float32",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+    }  # fmt: skip
+
+
+def test_models_show_prints_no_internals(folder_of, capsys):
+    assert cli.run(["models", "show", str(folder_of("flux"))]) == 0
+    shown = capsys.readouterr().out
+    assert "modes: text-to-image, image-to-image" in shown
+    assert not {line.split(":")[0].strip() for line in shown.splitlines()} & {"variants", "takes", "fixed", "changes", "off"}
+    assert "(" not in shown.split("defaults")[1]

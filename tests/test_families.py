@@ -5,6 +5,7 @@ a published model draws.
 """
 
 import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -16,6 +17,7 @@ import imagegen
 from imagegen.families import latents
 from imagegen.families.diffusion import denoiser_of
 from imagegen.fidelity import max_difference
+from imagegen.loader import describe, find_model
 
 # What a family's settings are called by its own pipeline.
 NEGATIVE = ({"guidance": 5.0, "negative_prompt": "blue"}, {"guidance_scale": 5.0, "negative_prompt": ["blue", "blue"]})
@@ -233,3 +235,12 @@ def test_loras_add_up_swap_and_leave_nothing(name, folder_of, tmp_path):
     model.add_lora(files[1], weight=1.0)
     stock.set_adapters(["1"], [1.0])
     assert_identical(model("a cat", **settings).images[0], stock("a cat", generator=seeded(1), **words).images[0])
+
+
+WITHOUT_LOADING = ["sd1.5", "sdxl", "sd3", "flux-schnell", "z-image", "flux.2-klein-distilled", "flux-fill", "kandinsky22"]
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_LOADING, "janusflow-tiny", "janus-pro-tiny", "janus-pro-tiny/safetensors"])
+def test_what_a_model_makes_is_known_before_it_is_loaded(folder_of, name):
+    folder = folder_of(name) if name in WITHOUT_LOADING else Path(__file__).parent / "fixtures" / name
+    assert describe(*find_model(folder, {})) == imagegen.load(folder).family

@@ -39,6 +39,24 @@ def test_a_repository_without_components():
     assert "pytorch_model.bin" in choose_files("a/b", ["config.json", "pytorch_model.bin"], None, None)
 
 
+def test_one_component_of_a_model():
+    index = INDEX | {"vae": ["diffusers", "AutoencoderKL"]}
+    vae = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert choose_files("a/b", [*FILES, *vae], index, "fp16", only="vae") == ["model_index.json", *vae]
+    with pytest.raises(ModelError, match="has no vae"):
+        choose_files("a/b", FILES, INDEX, None, only="vae")
+    alone = ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert choose_files("a/b", [*alone, "sdxl_vae.safetensors"], None, "fp16", only="vae") == alone
+
+
+def test_what_is_no_model_is_refused_before_it_is_fetched():
+    loras = [f"lightning_{n}step_lora.safetensors" for n in range(1, 8)]
+    with pytest.raises(ModelError, match=r"lightning_1step_lora\.safetensors, .* and 2 more: download the one you want"):
+        choose_files("a/b", [*loras, "README.md"], None, None)
+    with pytest.raises(ModelError, match=r"It holds pytorch_lora_weights\.safetensors"):
+        choose_files("a/b", ["config.json", "pytorch_lora_weights.safetensors"], None, None)
+
+
 @pytest.mark.parametrize(
     ("files", "index", "variant", "says"),
     [

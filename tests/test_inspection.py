@@ -10,7 +10,9 @@ import torch
 from hub_cache import fill_cache
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from test_single_file import quantised
 
+import imagegen
 from imagegen.inspection import inspect
 from imagegen.loader import find_model
 from imagegen.sources import find_source
@@ -67,16 +69,18 @@ def test_every_tensor_is_compared(folder):
         UNET: [
             "lacks 'conv_out.bias'",
             "'conv_in.weight' is [8, 4, 3, 3], and its config.json says [16, 4, 3, 3]",
-            "'time_embedding.linear_1.weight' is I8, which its config.json does not name",
+            "is quantised (weights of dtype I8), which its config.json does not name",
         ],
         TEXT: ["lacks 'final_layer_norm.bias'", "'final_layer_norm.weight' is [3], and its config.json says [32]"],
     }
 
 
-def test_tensors_too_many_are_a_note(folder):
-    change(folder / UNET, lambda tensors: tensors.update(extra=torch.zeros(2)))
+def test_tensors_too_many_are_a_note_where_they_load(folder):
+    change(folder / TEXT, lambda tensors: tensors.update(extra=torch.zeros(2)))
     found = inspect(find_source(folder))
-    assert found.ok and "unet holds 1 tensors that a UNet2DConditionModel does not use, 'extra' first" in found.notes
+    assert found.ok and "text_encoder holds 1 tensors that a CLIPTextModel does not use, 'extra' first" in found.notes
+    change(folder / UNET, lambda tensors: tensors.update(extra=torch.zeros(2)))
+    assert faults(folder) == {UNET: ["holds 1 tensors that a UNet2DConditionModel does not use, 'extra' first"]}
 
 
 def test_faults_are_counted_where_there_are_many(folder):
@@ -112,6 +116,128 @@ def test_hashes_that_the_hubs_cache_keeps(folder_of, tmp_path, monkeypatch):
     assert faults("someone/tiny") == {}
     flip_a_bit((place / UNET).resolve())
     assert "is recorded: damaged" in faults("someone/tiny")[UNET][0]
+
+
+SMALL = ["unet/config.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_file_that_the_hub_hashed_is_held_against_it(folder_of, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    place = fill_cache(tmp_path, "someone/tiny", folder_of("sd1.5"))
+    assert set(SMALL) < inspect(find_source("someone/tiny")).files.keys()
+    file = (place / name).resolve()
+    file.write_bytes(file.read_bytes() + b" ")
+    assert "is recorded: damaged" in faults("someone/tiny")[name][0]
+
+
+def test_an_empty_file_has_a_hash_too(folder_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = shutil.copytree(folder_of("sd1.5"), tmp_path / "model")
+    (folder / "tokenizer" / "added.txt").write_bytes(b"")
+    fill_cache(tmp_path / "hub", "someone/tiny", folder)
+    assert faults("someone/tiny") == {}
+
+
+def test_a_download_that_was_cut_off_is_told_file_by_file(folder_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    place = fill_cache(tmp_path, "someone/tiny", folder_of("sd1.5"))
+    for name in (UNET, "scheduler/scheduler_config.json"):
+        (place / name).resolve().unlink()
+    found = faults("someone/tiny")
+    assert found[UNET] == ["is a link to a file that is not here: a download that was cut off; download it again"]
+    assert found.keys() == {UNET, "scheduler/scheduler_config.json", "scheduler"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("scheduler/scheduler_config.json", None, "scheduler"),
+        ("scheduler/scheduler_config.json", "{", "scheduler"),
+        ("scheduler/scheduler_config.json", "[" * 10**5, "scheduler"),
+        ("tokenizer/tokenizer.json", None, "tokenizer"),
+        ("tokenizer/tokenizer_config.json", "{", "tokenizer"),
+    ],
+)
+def test_what_has_no_weights_is_read(folder, name, content, part):
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    assert faults(folder).keys() == {part}
+    with pytest.raises(imagegen.ModelError):
+        imagegen.load(folder)
+
+
+@pytest.mark.parametrize(("part", "kind"), [("text_encoder", "AutoModel"), ("tokenizer", "AutoTokenizer")])
+def test_no_code_that_comes_with_weights_is_run(folder, tmp_path, part, kind):
+    mark = tmp_path / "executed"
+    (folder / part / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    for file in (folder / part).glob("*config.json"):
+        own = {"auto_map": {kind: "own.Own", "AutoConfig": "own.Own"}, "model_type": "own"}
+        file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {part: ["transformers", kind]}))
+    assert faults(folder) == {part: [f"{str(folder / part)!r} is named as a {kind}, which diffusers does not load"]}
+    with pytest.raises(imagegen.ModelError):
+        imagegen.load(folder)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "how"),
+    [
+        ("unet", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        ("unet", {"quant_method": "quanto"}),
+        ("unet", {"a": 1}),
+        ("unet", "x"),
+        ("text_encoder", {"quant_method": "quanto"}),
+        ("text_encoder", "x"),
+    ],
+)
+def test_a_quantisation_that_cannot_be_read(folder, part, how):
+    config = json.loads((folder / part / "config.json").read_text())
+    (folder / part / "config.json").write_text(json.dumps(config | {"quantization_config": how}))
+    ((wrong,),) = faults(folder).values()
+    assert "cannot be loaded" in wrong
+    with pytest.raises(imagegen.ModelError, match="cannot be loaded"):
+        imagegen.load(folder)
+
+
+def test_a_decoder_of_its_own_is_checked(folder, tmp_path):
+    whole = shutil.copytree(folder / "vae", tmp_path / "vae")
+    file = whole / "diffusion_pytorch_model.safetensors"
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()  # not needed
+    assert faults(folder, vae=whole) == faults(folder, vae=file) == {}
+    change(file, lambda tensors: tensors.pop("decoder.conv_in.bias"))
+    for vae in (whole, file):
+        assert "lacks" in faults(folder, vae=vae)["vae"][0]
+    (tmp_path / "vae" / "SHA256SUMS").write_text(f"{'0' * 64}  {file.name}\n")
+    for vae in (whole, file):
+        assert "is recorded: damaged" in faults(folder, vae=vae)[f"vae/{file.name}"][0]
+
+
+def test_a_gguf_file_is_compared_with_its_base(tmp_path):
+    folder, file = layouts.write("sd3", tmp_path)
+    prefix = "model.diffusion_model."
+    tensors = {key.removeprefix(prefix): value for key, value in load_file(file).items() if key.startswith(prefix)}
+    quantised(tensors, tmp_path / "whole.gguf")
+    assert faults(tmp_path / "whole.gguf", base=folder) == {}
+    bias = "joint_blocks.0.x_block.mlp.fc1.bias"
+    quantised({name: value for name, value in tensors.items() if name != bias}, tmp_path / "lacking.gguf")
+    with pytest.raises(imagegen.ModelError):
+        imagegen.load(tmp_path / "lacking.gguf", base=folder)
+    found = faults(tmp_path / "lacking.gguf", base=folder)["lacking.gguf"]
+    assert any("transformer_blocks.0.ff.net.0.proj.bias" in one or bias in one for one in found)
+    quantised(tensors | {bias: torch.zeros(3)}, tmp_path / "shape.gguf")
+    assert faults(tmp_path / "shape.gguf", base=folder)["shape.gguf"] == [
+        "'transformer_blocks.0.ff.net.0.proj.bias' is [3], and its base says [128]"
+    ]
+    (folder / "scheduler/scheduler_config.json").write_text("{")
+    assert faults(tmp_path / "whole.gguf", base=folder).keys() == {"base/scheduler"}
+
+
+def test_a_base_is_held_against_its_hashes(tmp_path):
+    folder, file = layouts.write("sd1", tmp_path)
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  scheduler/scheduler_config.json\n")
+    assert "is recorded: damaged" in faults(file, base=folder)["base/scheduler/scheduler_config.json"][0]
 
 
 def test_hashes_of_a_download_into_a_folder(folder):

@@ -399,3 +399,12 @@ def test_other_folders_are_not_taken_for_janus(tmp_path):
     for content in ("{", "[]", '{"model_type": "multi_modality"}', '{"model_type": "llama"}'):
         (tmp_path / "config.json").write_text(content)
         assert janus.find(tmp_path) is None
+
+
+def test_another_model_that_lies_in_a_janus_folder_is_not_taken_for_it(copied):
+    folder = copied(PRO / "safetensors")
+    save_file({"lora_unet_a.lora_up.weight": torch.zeros(4, 4)}, folder / "style.safetensors")
+    with pytest.raises(imagegen.ModelError, match="is a LoRA"):
+        imagegen.load(folder / "style.safetensors")
+    (folder / "config.json").write_text("[" * 10**5)
+    assert janus.find(folder) is None

@@ -78,6 +78,8 @@ def test_revisions_are_told_apart(cache, folder_of):
     assert find_source(REPO, revision=COMMIT, local_files_only=True).path.name == COMMIT
     with pytest.raises(imagegen.ModelError, match=r"at revision 'gone'.*HF_HUB_OFFLINE"):
         find_source(REPO, revision="gone")
+    with pytest.raises(imagegen.ModelError, match="names another revision than revision='next': give one"):
+        find_source(f"{REPO}@main", revision="next")
     with pytest.raises(imagegen.ModelError, match="must be a branch"):
         find_source(REPO, revision="../../etc")
 
@@ -105,11 +107,26 @@ def test_a_base_on_the_hub_comes_without_its_denoiser(online, folder_of, model_o
     assert {path.split("/")[-2] for path in fetched} == {"vae", "text_encoder"}
 
 
-def test_what_the_hub_says_no_to(online):
-    with pytest.raises(imagegen.ModelError, match="the hub has no 'someone/else', or it is private"):
-        find_source("someone/else")
+def test_of_a_decoder_nothing_else_is_fetched(online, folder_of):
+    imagegen.load(folder_of("sd1.5"), vae=REPO)
+    assert {path.split("/")[-2] for path in online if path.endswith(".safetensors")} == {"vae"}
+
+
+def test_what_the_hub_says_no_to(online, folder_of):
+    says = "the hub has no 'someone/else', or it is private, and no such folder is here"
+    for given in ({"source": "someone/else"}, {"source": folder_of("sd1.5"), "vae": "someone/else"}):
+        with pytest.raises(imagegen.ModelError, match=says):
+            find_source(**given)
     with pytest.raises(imagegen.ModelError, match="has no revision 'gone'"):
         find_source(REPO, revision="gone")
+
+
+def test_what_the_hub_no_longer_has_is_taken_from_the_cache(online, cache, folder_of):
+    fill_cache(cache, "someone/gone", folder_of("sd1.5"))
+    assert imagegen.load("someone/gone").origin.revision == COMMIT
+    assert any("someone/gone" in path for path in online)
+    fill_cache(cache, REPO, folder_of("sd1.5"), "e" * 40, "old")
+    assert find_source(REPO, revision="old").revision == "e" * 40
 
 
 def test_a_hub_that_does_not_answer(cache, folder_of, monkeypatch):
@@ -121,11 +138,12 @@ def test_a_hub_that_does_not_answer(cache, folder_of, monkeypatch):
     assert find_source(REPO).revision == COMMIT
 
 
-def test_not_in_the_cache_and_not_to_be_asked_for(cache):
-    with pytest.raises(imagegen.ModelError, match="local_files_only=True forbids"):
-        imagegen.load(REPO, local_files_only=True)
-    with pytest.raises(imagegen.ModelError, match="HF_HUB_OFFLINE=1 forbids"):
+def test_not_in_the_cache_and_not_to_be_asked_for(cache, monkeypatch):
+    with pytest.raises(imagegen.ModelError, match="no such folder is here, and HF_HUB_OFFLINE=1 forbids"):
         imagegen.load(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(imagegen.ModelError, match=r"nothing else was asked.*load\(\) without local_files_only=True, downloads"):
+        imagegen.load(REPO, local_files_only=True)
 
 
 NO_SOCKETS = """
@@ -195,10 +213,70 @@ def test_variant(folder_of, model_of, tmp_path):
         assert torch.equal(value, expected[name].half().float()), name
     assert_same_weights(imagegen.load(folder).pipeline, model_of("sd1.5").pipeline)
     assert draw(model).pictures[0].receipt.model["variant"] == "fp16"
+    with pytest.raises(imagegen.ModelError, match=r"has no variant 'fp17': leave variant= out, or give one of its own: fp16"):
+        imagegen.load(folder, variant="fp17")
+    for file in folder.glob("*/*model.safetensors"):
+        file.unlink()
     with pytest.raises(imagegen.ModelError, match=r"give variant= for those of a variant"):
-        for file in folder.glob("*/*model.safetensors"):
-            file.unlink()
         imagegen.load(folder)
+    unet, plain = folder_of("sd1.5") / "unet/diffusion_pytorch_model.safetensors", folder_of("sd1.5")
+    made = draw(imagegen.load(unet, base=folder, variant="fp16", dtype="float32"))
+    assert "text_encoder/model.fp16.safetensors" in made.pictures[0].receipt.model["sha256"]
+    assert imagegen.replay(made.save(tmp_path / "out")[0]).same
+    with pytest.raises(imagegen.ModelError, match=r"has no variant 'fp16': leave variant= out"):
+        imagegen.load(unet, base=plain, variant="fp16")
+    with pytest.raises(imagegen.ModelError, match=r"variant='fp16' is for folders and hub ids"):
+        imagegen.load(unet, variant="fp16")
+    for source in (plain, unet):  # it is the decoder alone that has it
+        decoded = imagegen.load(source, vae=folder / "vae", variant="fp16", base=plain if source == unet else None)
+        assert "vae/diffusion_pytorch_model.fp16.safetensors" in decoded.hashes
+    both = shutil.copytree(plain, tmp_path / "plain and a half")
+    shutil.copy(folder / "unet/diffusion_pytorch_model.fp16.safetensors", both / "unet")
+    decoded = imagegen.load(both, vae=folder / "vae", variant="fp16")
+    assert "vae/diffusion_pytorch_model.fp16.safetensors" in decoded.hashes
+    assert "text_encoder/model.safetensors" in decoded.hashes  # which lacks the variant
+
+
+def test_what_is_loaded_says_what_to_compute_in(folder_of, tmp_path):
+    folder = shutil.copytree(folder_of("flux"), tmp_path / "model")
+    for file in list(folder.glob("*/*.safetensors")):
+        coarse = {name: value.bfloat16() if value.is_floating_point() else value for name, value in load_file(file).items()}
+        save_file(coarse, file.with_suffix(".bf16.safetensors"), {"format": "pt"})
+    assert imagegen.load(folder, variant="bf16").dtype == torch.bfloat16
+    assert imagegen.load(folder).dtype == torch.float32
+
+
+def test_a_receipt_names_a_local_model_from_anywhere(folder_of, tmp_path, monkeypatch):
+    shutil.copytree(folder_of("sd1.5"), tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    made = draw(imagegen.load("models/mine", vae="models/mine/vae"))
+    recorded = made.pictures[0].receipt.model
+    assert (recorded["source"], recorded["vae"]) == (f"{tmp_path}/models/mine", f"{tmp_path}/models/mine/vae")
+    (path,) = made.save(tmp_path)
+    monkeypatch.chdir("/")
+    assert imagegen.replay(path).same
+
+
+def test_defaults_do_not_depend_on_how_a_model_is_named(cache, folder_of, tmp_path, monkeypatch):
+    snapshot = fill_cache(cache, "stabilityai/sdxl-turbo", folder_of("sdxl"))
+    (tmp_path / "link").symlink_to(snapshot)
+    monkeypatch.chdir(snapshot)
+    for source in ("stabilityai/sdxl-turbo", snapshot, tmp_path / "link", "."):
+        family = imagegen.load(source).family
+        assert (family.num_steps, family.guidance, family.guided_by) == (1, 1.0, "nothing"), source
+    file = shutil.copy(snapshot / "unet/diffusion_pytorch_model.safetensors", tmp_path / "sd_xl_turbo_1.0_fp16.safetensors")
+    assert imagegen.load(file, base=folder_of("sdxl")).family.num_steps == 1
+
+
+def test_a_home_folder(folder_of, tmp_path, monkeypatch):
+    shutil.copytree(folder_of("sd1.5"), tmp_path / "mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    unet = "~/mine/unet/diffusion_pytorch_model.safetensors"
+    model = imagegen.load(unet, base="~/mine", vae="~/mine/vae")
+    assert model.source == f"{tmp_path}/mine/unet/diffusion_pytorch_model.safetensors"
+    assert find_source("~/mine").path == tmp_path / "mine"
+    with pytest.raises(imagegen.ModelError, match="no folder '~nobody-of-that-name/x'"):
+        find_source("~nobody-of-that-name/x")
 
 
 def test_a_decoder_stands_in_for_one_that_is_missing(folder_of, tmp_path):
@@ -258,6 +336,15 @@ def test_a_receipt_finds_the_model_again(cache, folder_of, tmp_path):
         ({"source": "no/such/folder"}, "no folder"),
         ({"source": "emoji", "vae": "nowhere"}, "vae='nowhere' is not there"),
         ({"source": "a\0b"}, "no folder"),
+        ({"source": ""}, "has an empty name"),
+        ({"source": None}, "a model must be a name or a path, got None"),
+        ({"source": 3}, "a model must be a name or a path, got 3"),
+        ({"source": "emoji", "vae": 3}, "vae= must be a name or a path, got 3"),
+        ({"source": "emoji", "variant": "fp16"}, "has no variant 'fp16'"),
+        ({"source": "emoji", "device": "vulkan"}, r"device 'vulkan' is not here \(.*use cpu"),
+        ({"source": "emoji", "device": "mps"}, r"device 'mps' is not here"),
+        ({"source": "emoji", "device": "meta"}, "device 'meta' holds no values"),
+        ({"source": "emoji", "dtype": "float8_e4m3fn"}, "unknown dtype 'float8_e4m3fn'"),
     ],
 )
 def test_wrong_ways_to_name_a_model(given, says):

@@ -1,6 +1,7 @@
-"""Weight files are hashed once, and a broken one is found without building the model."""
+"""Weight files are hashed once, told apart by their names, and read by their headers alone."""
 
 import hashlib
+import json
 import os
 
 import numpy as np
@@ -48,18 +49,6 @@ def test_a_damaged_cache_is_ignored(folder, content):
     assert weights.hash_weights(folder) == expected
 
 
-def test_truncated_file_is_named(folder):
-    file = folder / "unet/w.safetensors"
-    assert weights.check_weights(folder) == {"unet/w.safetensors": []}
-    file.write_bytes(file.read_bytes()[:-10])
-    assert "truncated" in weights.check_weights(folder)["unet/w.safetensors"][0]
-
-
-def test_a_web_page_is_no_weight_file(folder):
-    (folder / "unet/w.safetensors").write_text("<!DOCTYPE html><html>404</html>" * 10)
-    assert "cannot be read" in weights.check_weights(folder)["unet/w.safetensors"][0]
-
-
 @pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
 def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(tmp_path, length):
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
@@ -67,6 +56,29 @@ def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(tmp_path, length):
     assert weights.read_header(tmp_path / "w.safetensors")["a"].shape == (1,)
 
 
-def test_no_weights_at_all(tmp_path):
-    with pytest.raises(ModelError, match=r"holds no \.safetensors"):
-        weights.check_weights(tmp_path)
+def test_the_dtype_of_most_bytes_counts(tmp_path):
+    tensors = {f"scale{n}": np.zeros(1, np.float32) for n in range(9)} | {"matrix": np.zeros((64, 64), np.float16)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    assert weights.stored_dtype([tmp_path / "w.safetensors"]) == "F16"
+
+
+def test_of_both_a_file_and_shards_the_one_that_is_loaded_counts(tmp_path):
+    """transformers takes the file, diffusers the shards."""
+    for stem in ("model", "diffusion_pytorch_model"):
+        folder = tmp_path / stem
+        folder.mkdir()
+        shard = f"{stem}-00001-of-00001.safetensors"
+        for name in (shard, f"{stem}.safetensors"):
+            save_file({"a": np.zeros(4, np.float32)}, folder / name)
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    (one,) = weights.component_weights(tmp_path / "model")
+    assert one.name == "model.safetensors"
+    (one,) = weights.component_weights(tmp_path / "diffusion_pytorch_model")
+    assert one.name == "diffusion_pytorch_model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, "{"])
+def test_an_index_of_shards_that_is_none(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match="no index of shards that can be read"):
+        weights.component_weights(tmp_path)

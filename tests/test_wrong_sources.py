@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import imagegen
+from imagegen.sources import find_source
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -185,6 +186,11 @@ FOLDERS = {
     ),
     "an entry of three": (lambda f: edit(f / "model_index.json", unet=["diffusers", "A", "B"]), "no library and class"),
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[1]"), "cannot be read"),
+    "a configuration too deep": (lambda f: (f / "unet/config.json").write_text("[" * 10**5), "cannot be loaded"),
+    "a configuration beside it too deep": (
+        lambda f: ((f / "config.json").write_text("[" * 10**5), (f / "model_index.json").unlink()),
+        "it has no model_index.json",
+    ),
     "an index too deep": (lambda f: (f / "model_index.json").write_text("[" * 10**5), "cannot be read"),
 }
 
@@ -355,6 +361,9 @@ def test_other_files_and_folders(broken, tmp_path):
     refuse(broken / "vae", "give it as vae=")
     file = write(tmp_path / "m-00001-of-00002.safetensors", of("x"))
     refuse(file, "is one shard of several")
+    refuse(write(tmp_path / "master-of-realism_v2.safetensors", of("something.weight")), "of no kind known here")
+    refuse(write(tmp_path / "M.SAFETENSORS", of("x")), r"ends in \.SAFETENSORS.*rename it to end in \.safetensors")
+    refuse(write(tmp_path / "unet.safetensors", DENOISERS["a UNet alone"]), "base= must be a name or a path, got 3", base=3)
     (tmp_path / "empty").mkdir()
     shutil.copy(file, tmp_path / "empty/model.safetensors")
     refuse(tmp_path / "empty", r"holds model\.safetensors: give the file itself")
@@ -366,3 +375,21 @@ def test_other_files_and_folders(broken, tmp_path):
     refuse(tmp_path / "m.gguf", "no GGUF file that can be read")
     refuse(broken, "is no decoder|holds no|a UNet in diffusers' layout alone", vae=broken / UNET)
     refuse(write(tmp_path / "f.safetensors", DENOISERS["a UNet alone"]), "base=.* is one file", base=broken / UNET)
+
+
+def sd2_file(path):
+    return write(path, of("cond_stage_model.model.x", "first_stage_model.x", "model.diffusion_model.input_blocks.1.0.x"))
+
+
+@pytest.mark.parametrize("name", ["sd_turbo", "512-base-ema", "v2-1_512-nonema-pruned"])
+def test_stable_diffusion_2_of_512_px_asks_for_its_base(tmp_path, name):
+    refuse(sd2_file(tmp_path / f"{name}.safetensors"), "by its name no Stable Diffusion 2 model of 768 px.*give base=")
+
+
+@pytest.mark.parametrize(("name", "warns"), [("768-v-ema", 0), ("v2-1_768-ema-pruned", 0), ("illuminati", 1)])
+def test_stable_diffusion_2_of_an_unknown_size_is_not_guessed_silently(tmp_path, recwarn, name, warns):
+    assert find_source(sd2_file(tmp_path / f"{name}.safetensors")).base.name == "sd2"
+    assert [str(one.message) for one in recwarn if "768 px (v-prediction), as its name does not say" in str(one.message)] == [
+        str(one.message) for one in recwarn
+    ]
+    assert len(recwarn) == warns

@@ -5,11 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, Family, card_of, embedded_folder, family_of
+from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, card_of, embedded_folder
 from imagegen.cli.shell import CheckFailed, JsonOption, app, print_json, print_section, takes_source
 from imagegen.licences import licence_named
 from imagegen.request import ModelError
 
+SHOWN = (  # of a family
+    "name", "pipeline", "size_px", "multiple_px", "min_px", "max_px", "num_steps", "guidance", "guided_by", "negative",
+    "true_guidance", "temperature", "reference_dtype", "modes",
+)  # fmt: skip
 models_app = typer.Typer(help="List the known models, show one, verify its files.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
@@ -43,31 +47,31 @@ def models_show(model: ModelArgument = EMBEDDED, as_json: JsonOption = False, *,
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from imagegen.families.loading import pipeline_class
-        from imagegen.loader import find_model
-    from imagegen.sources import all_weights
+        from imagegen.loader import describe, find_model
+
+        source, of_janus = find_model(model, where | {"local_files_only": True})
+        family = describe(source, of_janus)
+    from imagegen.sources import files_of, read_index
     from imagegen.weights import hash_files
 
-    source, of_janus = find_model(model, where | {"local_files_only": True})
     card = card_of(source.name)
-    if of_janus is not None:
-        family: Family | None = FAMILIES[of_janus.kind]
-    else:
-        family = family_of((source.base or source).name, pipeline_class(source))
-    paths = {path.relative_to(source.folder).as_posix(): path for path in all_weights(source)}
+    defaults = {name: getattr(family, name) for name in SHOWN} | {"fixed": dict(family.fixed)}
+    if of_janus is None:
+        own = read_index(source.diffusers_folder).get("scheduler")
+        defaults["scheduler"] = own[1] if isinstance(own, list) else ""
+    paths = files_of(source) if of_janus is None else {path.name: path for path in of_janus.weights()}
     files: list[dict[str, Any]] = [
         {"file": name, "bytes": paths[name].stat().st_size, "sha256": digest} for name, digest in hash_files(paths).items()
     ]
-    defaults = vars(family) if family else {}
     if as_json:
         shown = {"folder": str(source.folder), "revision": source.revision, "card": vars(card) if card else None}
         print_json({"name": source.name} | shown | {"defaults": defaults, "files": files})
         return
     print(f"{source.label()}: {source.path}" + (f", {source.contents.what}" if source.contents else ""))
     about = vars(card) | {"training on its outputs": licence_named(card.licence).kind} if card else {}
-    for title, values in (("card", about), ("defaults", defaults)):
-        if values:
-            print_section(title, values)
+    if about:
+        print_section("card", about)
+    print_section("defaults", defaults)
     for file in files:
         print(f"  {file['sha256']}  {file['bytes'] / 1e6:7.1f} MB  {file['file']}")
 
@@ -123,20 +127,22 @@ def doctor(
     from importlib.util import find_spec
 
     from imagegen.measure import machine, versions
-    from imagegen.weights import check_weights
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
-    files = check_weights(embedded_folder())
-    ok = not any(files.values())
+
+        from imagegen.inspection import inspect
+        from imagegen.sources import find_source
+
+        inspected = inspect(find_source(EMBEDDED))
     extras = {"demo": "gradio", "train": "peft", "ray": "ray", "fast": "torchao", "gguf": "gguf"}
     found = {
         "machine": machine(),
         "versions": versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu (this torch sees no CUDA device)",
         "extras": {extra: find_spec(module) is not None for extra, module in extras.items()},
-        "embedded_model": {"ok": ok, "files": files},
+        "embedded_model": {"ok": inspected.ok, "files": inspected.files},
     }
     if as_json:
         print_json(found)
@@ -147,8 +153,8 @@ def doctor(
         print("extras")
         for extra, module in extras.items():
             print(f"  {extra}: {'installed' if found['extras'][extra] else f'''{module} is not installed'''}")  # type: ignore[index]
-        print(f"embedded model\n  {'whole' if ok else files}")
-    if not ok:
+        print(f"embedded model\n  {'whole' if inspected.ok else inspected.files}")
+    if not inspected.ok:
         raise CheckFailed
 
 

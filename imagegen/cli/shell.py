@@ -135,6 +135,7 @@ def load_model(
     """
     with stopped_at_once(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # libraries' own, at import
+        warnings.filterwarnings("always", module=r"imagegen\.")
         from imagegen.loader import load
 
         return load(model, device=device, dtype=dtype, plan=plan, memory_gib=memory_gib, **where)
@@ -164,12 +165,14 @@ def print_section(title: str, values: dict[str, Any]) -> None:
     """Print values under a title; those that say nothing are left out."""
     print(title)
     for name, value in values.items():
+        if value in (None, "", [], (), {}, False):
+            continue
         if isinstance(value, dict):
             print(f"  {name}:")
             for inner, detail in value.items():
                 print(f"    {inner}: {detail}")
-        elif value not in (None, "", [], False):
-            print(f"  {name}: {value}")
+        else:
+            print(f"  {name}: {', '.join(value) if isinstance(value, tuple) else value}")
 
 
 def check_writable(folder: Path) -> None:

@@ -5,7 +5,6 @@ Only classes of diffusers and transformers are taken: no code that comes with we
 
 import contextlib
 import importlib
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from imagegen.families.libraries import quiet
 from imagegen.families.paging import pages_given_back
 from imagegen.request import ModelError
 from imagegen.sources import LIBRARIES, components_of
-from imagegen.weights import TensorFacts, component_weights, read_header
+from imagegen.weights import TensorFacts, component_weights, read_header, read_json, stored_dtype
 
 WORTH_IT = 2**28  # bytes: smaller weights are converted as they are
 DTYPES = {
@@ -90,9 +89,8 @@ def has_weights(kind: type) -> bool:
 
 
 def stored_in(file: Path) -> torch.dtype:
-    """Return the dtype of most tensors of a weight file."""
-    dtypes = [facts.dtype for facts in read_header(file).values()]
-    return DTYPES.get(max(sorted(set(dtypes)), key=dtypes.count), torch.float32)
+    """Return the dtype of most bytes of a weight file."""
+    return DTYPES.get(stored_dtype([file]), torch.float32)
 
 
 def load_component(folder: Path, kind: type, dtype: torch.dtype | None, variant: str | None = None) -> Any:
@@ -146,8 +144,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ModelError: it asks for code from elsewhere.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
         return {}
     config = config if isinstance(config, dict) else {}
     for name, value in config.items():

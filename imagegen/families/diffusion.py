@@ -40,8 +40,15 @@ DENOISERS = ("transformer", "unet", "decoder")  # what pipelines call the module
 
 
 def denoiser_name(pipeline: Any) -> str:
-    """Return what a pipeline calls the module that it runs at every step."""
-    return next(name for name in DENOISERS if getattr(pipeline, name, None) is not None)
+    """Return what a pipeline calls the module that it runs at every step.
+
+    Raises:
+        ModelError: it has none.
+    """
+    for name in DENOISERS:
+        if getattr(pipeline, name, None) is not None:
+            return name
+    raise ModelError(f"this {type(pipeline).__name__} has no {' or '.join(DENOISERS[:2])}: its model_index.json names none")
 
 
 def denoiser_of(pipeline: Any) -> torch.nn.Module:

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
+from imagegen.families.libraries import quiet
 from imagegen.request import ModelError, RequestError
+from imagegen.weights import file_fault, read_header, read_json
 
 PAD = "<｜▁pad▁｜>"
 BEGIN_OF_IMAGE = "<begin_of_image>"
+PATCH_PX = 16  # a picture's side in pixels, of one token
 FLOW, PRO = "janusflow", "janus-pro"
 
 
@@ -59,7 +62,7 @@ def find(source: Path) -> Folder | None:
     """
     folder = source.parent if source.suffix in (".safetensors", ".bin") else source
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     kind = None
@@ -67,7 +70,36 @@ def find(source: Path) -> Folder | None:
         kind = FLOW if "vision_gen_enc_config" in config else PRO if "gen_vision_config" in config else None
     elif isinstance(config, dict) and config.get("model_type") == "janus":
         kind = PRO
-    return Folder(folder, config, kind, source if folder != source else None) if kind else None
+    if kind is None or (folder != source and not _holds_janus(source)):
+        return None
+    return Folder(folder, config, kind, source if folder != source else None)
+
+
+def _holds_janus(file: Path) -> bool:
+    """Return whether a file beside a Janus model's configuration is its weights, or broken, and nothing that only lies there."""
+    if file.suffix == ".bin":
+        return file.name.startswith("pytorch_model")
+    return file_fault(file) is not None or any(
+        name.removeprefix("model.").startswith("language_model.") for name in read_header(file)
+    )
+
+
+def size_px(found: Folder) -> int:
+    """Return the width and height of every picture that a model makes.
+
+    Raises:
+        ModelError: its configuration does not say.
+    """
+    try:
+        if found.kind == FLOW:
+            return found.config["vision_und_enc_config"]["params"]["image_size"] // PATCH_PX * PATCH_PX
+        with quiet():
+            from imagegen.families import januspro
+        layout = januspro.layouts.CONVERTED if found.config["model_type"] == "janus" else januspro.layouts.OFFICIAL
+        return layout.configs(found.config)[1]["num_patches"] * PATCH_PX
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        where = str(found.folder / "config.json")
+        raise ModelError(f"{where!r} describes no Janus model that can be made ({error!r})") from None
 
 
 def load(found: Folder, vae: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Path]]:

@@ -55,9 +55,7 @@ def load_pipeline(source: Source, device: torch.device, dtype: torch.dtype | Non
         raise ModelError(f"{source.name!r} is a {index['_class_name']}, which this diffusers has not: update it")
     loaded: dict[str, Any] = {name: None for name, value in index.items() if value == [None, None]}
     if source.vae is not None:
-        if "vae" not in index:
-            raise ModelError(f"vae={source.vae.name!r}: this model has no decoder to replace; leave it out")
-        loaded["vae"] = _load_vae(source.vae, kinds.get("vae", diffusers.AutoencoderKL), folder / "vae", dtype)
+        loaded["vae"] = load_vae(source, index, kinds, dtype)
     for name, part in kinds.items():
         if "Tokenizer" in part.__name__ and "ByT5" not in part.__name__ and not source.built_in:
             check_tokenizer(folder / name)
@@ -102,20 +100,24 @@ def _check_whole(source: Source, pipeline: Any) -> None:
             )
 
 
-def _load_vae(given: Source, usual: type, own: Path, dtype: torch.dtype | None) -> Any:
-    """Load the decoder that was given beside the model.
+def load_vae(source: Source, index: dict[str, Any], kinds: dict[str, type], dtype: torch.dtype | None) -> Any:
+    """Load the decoder that was given beside a model.
 
     Args:
-        given: where it is.
-        usual: the class of the model's own.
-        own: the folder of the model's own, which may be missing.
-        dtype: what its weights become.
+        source: of the model; its own decoder may be missing.
+        index: its `model_index.json`.
+        kinds: the classes of its components.
+        dtype: what the weights become.
 
     Raises:
-        ModelError: it is for other latents, or one file whose configuration is nowhere.
+        ModelError: the model has none to replace, it is for other latents, or one file whose configuration is nowhere.
     """
     import diffusers
 
+    assert source.vae is not None
+    given, usual, own = source.vae, kinds.get("vae", diffusers.AutoencoderKL), source.diffusers_folder / "vae"
+    if "vae" not in index:
+        raise ModelError(f"vae={given.name!r}: this model has no decoder to replace; leave it out")
     has_own = (own / "config.json").is_file()
     if given.contents is not None:
         if not has_own:
@@ -123,21 +125,21 @@ def _load_vae(given: Source, usual: type, own: Path, dtype: torch.dtype | None) 
                 f"vae={given.name!r} is one file, and {str(own)!r} has no config.json for it: give a decoder's folder"
             )
         with quiet(), reading(given.path):
-            decoder = usual.from_single_file(  # type: ignore[attr-defined]
+            decoder = usual.from_single_file(
                 str(given.path), config=str(own), torch_dtype=dtype or stored_in(given.path), local_files_only=True
             )
         if no_values(decoder):
             raise ModelError(f"vae={given.name!r} lacks tensors of this model's decoder: it is of another model")
     else:
         with quiet(), reading(given.path):
-            name = str(usual.load_config(str(given.path)).get("_class_name"))  # type: ignore[attr-defined]
+            name = str(usual.load_config(str(given.path)).get("_class_name"))
             kind = getattr(diffusers, name, None)
         if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) and hasattr(kind, "decode")):
             raise ModelError(f"vae={given.name!r} is a {name}, no decoder of latents")
         decoder = load_component(given.path, kind, dtype, given.variant)
     channels = decoder.config.get("latent_channels")
     with reading(own):
-        wanted = usual.load_config(str(own)).get("latent_channels") if has_own else channels  # type: ignore[attr-defined]
+        wanted = usual.load_config(str(own)).get("latent_channels") if has_own else channels
     if wanted != channels:
         raise ModelError(f"vae={given.name!r} decodes latents of {channels} channels, and this model has {wanted}")
     return decoder

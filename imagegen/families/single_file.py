@@ -128,13 +128,15 @@ def _load_denoiser(source: Source, kind: type, name: str, dtype: Any) -> Any:
     assert source.base is not None
     if not hasattr(kind, "from_single_file"):
         raise ModelError(f"diffusers reads no single file of a {kind.__name__}: give a folder in its layout")
+    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
     options: dict[str, Any] = {}
     if source.path.suffix == ".gguf":
         from diffusers import GGUFQuantizationConfig
 
         options["quantization_config"] = GGUFQuantizationConfig(compute_dtype=dtype)
     return kind.from_single_file(
-        _with_prefix(source.path) if name == "unet" else str(source.path),
+        with_prefix(load_single_file_checkpoint(str(source.path))) if name == "unet" else str(source.path),
         config=str(source.base.path),
         subfolder=name,
         torch_dtype=dtype,
@@ -143,12 +145,9 @@ def _load_denoiser(source: Source, kind: type, name: str, dtype: Any) -> Any:
     )
 
 
-def _with_prefix(path: Path) -> str | dict[str, Any]:
-    """Return a UNet's file; where its tensors lack the prefix by which diffusers knows them, as ComfyUI's do, with it."""
-    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
-
-    found = load_single_file_checkpoint(str(path))
-    return {PREFIX + name: value for name, value in found.items()} if "input_blocks.0.0.weight" in found else str(path)
+def with_prefix(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return a UNet's tensors; where they lack the prefix by which diffusers knows them, as ComfyUI's do, with it."""
+    return {PREFIX + name: value for name, value in tensors.items()} if "input_blocks.0.0.weight" in tensors else tensors
 
 
 def _tokenizers(source: Source, kinds: dict[str, type]) -> dict[str, Any]:

@@ -213,7 +213,9 @@ def find_licence(info: dict[Any, Any], generator: str) -> Licence:
         try:
             model = json.loads(info[CHUNK])["model"]
             found = licence_named(model.get("licence"))
-            return found if found != unknown() else licence_of(f"{model.get('family')} {model.get('source')}")
+            source = str(model.get("source"))
+            name = Path(source).name if source.startswith("/") else source  # the folders above it say nothing of the model
+            return found if found != unknown() else licence_of(f"{model.get('family')} {name}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return unknown()
     return licence_of(generator)
