@@ -190,7 +190,7 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         guidance=_guidance("guidance", values.get("guidance", family.guidance)),
         width=width,
         height=height,
-        scheduler=values.get("scheduler"),
+        scheduler=_text("scheduler", values["scheduler"]) if "scheduler" in values else None,
         strength=strength,
         margins=margins,
         temperature=_temperature(values.get("temperature", family.temperature), family),
