@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imagegen.canvas import other_side, size_in_shape, to_grey, to_rgb
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 MAX_SEED = 2**53  # seeds pass through JSON, where integers are exact up to here
 MAX_PICTURES = 64
 MAX_STEPS = 1000
+MAX_EDITED_SHAPE = 8  # times longer than wide: what the pipelines that edit take
 
 
 class Error(ValueError):
@@ -96,13 +99,7 @@ class Request:
     @property
     def mode(self) -> str:
         """`text-to-image`, `image-to-image`, `inpainting`, `outpainting` or `editing`."""
-        if self.image is None:
-            return "text-to-image"
-        if self.margins is not None:
-            return "outpainting"
-        if self.mask is not None:
-            return "inpainting"
-        return "editing" if self.strength is None else "image-to-image"
+        return _mode(self.image, self.margins, self.mask, self.strength)
 
     def of_picture(self, index: int) -> "Request":
         """Return the request that makes picture `index` alone: its own seed, one image."""
@@ -119,6 +116,7 @@ KEYWORDS: tuple[str, ...] = (
     *("control", "control_weight", "style_image", "style_weight", "long_prompt"),
 )
 PICTURES = ("image", "mask", "control", "style_image")
+SIDES = ("width", "height")
 # What other libraries call these.
 FOREIGN_NAMES = {
     "num_inference_steps": "num_steps",
@@ -173,13 +171,16 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
     _check_fixed(family, given)
     values = {name: value for name, value in given.items() if value is not None and name != "noise"}
     image, mask, control, style = (open_picture(name, values.pop(name, None)) for name in PICTURES)
+    if mask is not None and image is None:
+        raise RequestError("mask needs image: pass the picture to repaint as image=")
     margins = _margins(values.get("margins"), image, mask)
     num_images = _whole("num_images", values.get("num_images", 1), 1, MAX_PICTURES)
     seed = values.get("seed")
     if seed is None:
         seed = secrets.randbelow(2**32)
     strength = _strength(values.get("strength"), image, mask or margins, family)
-    editing = image is not None and strength is None
+    _check_mode(_mode(image, margins, mask, strength), image, family)
+    width, height = _size((values.get("width"), values.get("height")), image, margins, family, strength is None)
     request = Request(
         prompt=_prompt(prompt, image),
         negative_prompt=_text("negative_prompt", values.get("negative_prompt", "")),
@@ -187,9 +188,9 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         num_images=num_images,
         num_steps=_whole("num_steps", values.get("num_steps", family.num_steps), 1, MAX_STEPS),
         guidance=_guidance("guidance", values.get("guidance", family.guidance)),
-        width=_side("width", values.get("width"), image, family, sum(margins[:2]) if margins else None, editing),
-        height=_side("height", values.get("height"), image, family, sum(margins[2:]) if margins else None, editing),
-        scheduler=values.get("scheduler"),
+        width=width,
+        height=height,
+        scheduler=_text("scheduler", values["scheduler"]) if "scheduler" in values else None,
         strength=strength,
         margins=margins,
         temperature=_temperature(values.get("temperature", family.temperature), family),
@@ -198,16 +199,15 @@ def build_request(prompt: str, family: "Family", given: Mapping[str, Any]) -> Re
         long_prompt=_truth("long_prompt", values.get("long_prompt", False)),
         style_weight=_weight("style", values.get("style_weight"), style, family),
     )
-    if mask is not None and image is None:
-        raise RequestError("mask needs image: pass the picture to repaint as image=")
-    if image is not None:
-        request = replace(request, image=_fit(image, request, "RGB"))
+    size = (width, height)
+    if image is not None:  # one that is grown or edited keeps its size
+        request = replace(request, image=_fit("image", image, None if margins or strength is None else size))
     if mask is not None:
-        request = replace(request, mask=_fit(mask, request, "L"))
+        request = replace(request, mask=_fit("mask", mask, size))
     if control is not None:
-        request = replace(request, control=_fit(control, replace(request, margins=None, strength=1.0), "RGB"))
+        request = replace(request, control=_fit("control", control, size))
     if style is not None:
-        request = replace(request, style_image=style.convert("RGB"))
+        request = replace(request, style_image=_fit("style_image", style, None))
     _check_family(request, family)
     if request.num_steps * (request.strength or 1.0) < 1:
         raise RequestError(f"strength {request.strength} of {request.num_steps} steps leaves none to run: raise either")
@@ -221,13 +221,28 @@ def _check_fixed(family: "Family", given: Mapping[str, Any]) -> None:
             raise RequestError(f"{family.name} takes no {name}, got {given[name]!r}: {reason}; leave {name} out")
 
 
+def _mode(image: object, margins: object, mask: object, strength: object) -> str:
+    if image is None:
+        return "text-to-image"
+    if margins is not None:
+        return "outpainting"
+    if mask is not None:
+        return "inpainting"
+    return "editing" if strength is None else "image-to-image"
+
+
+def _check_mode(mode: str, image: object, family: "Family") -> None:
+    """Refuse a mode that a family has not, with those that it has."""
+    if mode in family.modes:
+        return
+    needs = "" if "text-to-image" in family.modes or image is not None else "; pass the picture as image="
+    if mode == "image-to-image" and "editing" in family.modes:
+        needs = "; leave strength out to edit the picture"
+    raise RequestError(f"{family.name} does {', '.join(family.modes)}: it has no {mode}{needs}")
+
+
 def _check_family(request: Request, family: "Family") -> None:
-    """Refuse what a family has not, with what it has."""
-    if request.mode not in family.modes:
-        needs = "" if "text-to-image" in family.modes or request.image is not None else "; pass the picture as image="
-        if request.mode == "image-to-image" and "editing" in family.modes:
-            needs = "; leave strength out to edit the picture"
-        raise RequestError(f"{family.name} does {', '.join(family.modes)}: it has no {request.mode}{needs}")
+    """Refuse guidance and negative prompts that a family has not, with what it has."""
     if family.guided_by == "nothing" and request.guidance > 1:
         raise RequestError(f"{family.name} was distilled and takes no guidance, got {request.guidance:g}: leave it out")
     if request.true_guidance is not None and not family.true_guidance:
@@ -341,18 +356,35 @@ def _temperature(value: object, family: "Family") -> float | None:
     return number
 
 
-def _side(name: str, value: object, image: "Image | None", family: "Family", growth: int | None, editing: bool) -> int:
-    own = 0 if image is None else getattr(image, name)
-    if growth is not None:
-        if value not in (None, own + growth):
-            raise RequestError(f"{name} follows from the picture and its margins, {own + growth}, got {value}: leave it out")
-        value = own + growth
-    elif value is None:
-        if image is None:
-            return family.size_px
-        if editing:  # as many pixels as the model was made for, in the picture's shape
-            own = round(own * family.size_px / (image.width * image.height) ** 0.5)
-        value = min(max(family.min_px, own // family.multiple_px * family.multiple_px), family.max_px)
+def _size(
+    given: tuple[Any, Any], image: "Image | None", margins: tuple[int, int, int, int] | None, family: "Family", editing: bool
+) -> tuple[int, int]:
+    """Return width and height: those given, else the picture's own shape, else the family's size."""
+    if image is not None and margins is not None:
+        return _grown("width", given[0], image, margins[:2], family), _grown("height", given[1], image, margins[2:], family)
+    width, height = (None if side is None else _side(name, side, family) for name, side in zip(SIDES, given, strict=True))
+    if image is None:
+        return width or family.size_px, height or family.size_px
+    low, high, step = family.min_px, family.max_px, family.multiple_px
+    shape = f"a picture of {image.width}x{image.height}"
+    if editing and (min(image.size) < low or max(image.size) > MAX_EDITED_SHAPE * min(image.size)):
+        limits = f"sides of at least {low} pixels, one at most {MAX_EDITED_SHAPE} times the other"
+        raise RequestError(f"{family.name} edits pictures with {limits}, got {shape}: crop it or make it larger")
+    if width is not None and height is not None:
+        return width, height
+    if width is not None:
+        width, height = width, other_side(width, image.width, image.height, step)
+    elif height is not None:
+        width, height = other_side(height, image.height, image.width, step), height
+    else:
+        width, height = size_in_shape(image.size, low, high, step, family.size_px**2 if editing else None)
+    if not low <= min(width, height) <= max(width, height) <= high:
+        sides = f"{width}x{height}, and sides are from {low} to {high} here"
+        raise RequestError(f"{shape} would become {sides}: crop it, or pass width and height")
+    return width, height
+
+
+def _side(name: str, value: object, family: "Family") -> int:
     if family.min_px == family.max_px and value != family.size_px:
         only = family.size_px
         raise RequestError(f"{family.name} makes pictures of {only}x{only} only, got {name}={value!r}: leave {name} out")
@@ -361,6 +393,23 @@ def _side(name: str, value: object, image: "Image | None", family: "Family", gro
         below = side // family.multiple_px * family.multiple_px
         near = f"{below} or {below + family.multiple_px}"
         raise RequestError(f"{name} must be a multiple of {family.multiple_px} for {family.name}, got {side}: try {near}")
+    return side
+
+
+def _grown(name: str, value: object, image: "Image", margins: tuple[int, ...], family: "Family") -> int:
+    """Return the width or the height of a picture and its margins."""
+    own, added, step = getattr(image, name), sum(margins), family.multiple_px
+    side = own + added
+    if value not in (None, side):
+        raise RequestError(f"{name} follows from the picture and its margins, {side}, got {value}: leave it out")
+    where = "left and right" if name == "width" else "top and bottom"
+    sum_of = f"{own} pixels and margins of {added} make a {name} of {side}"
+    if not family.min_px <= side <= family.max_px:
+        raise RequestError(f"{sum_of}: {family.name} takes from {family.min_px} to {family.max_px}")
+    if side % step:
+        near = [total - own for total in (side // step * step, (side // step + 1) * step) if own <= total <= family.max_px]
+        fit = f"give {where} {' or '.join(map(str, near))} together" if near else "crop the picture"
+        raise RequestError(f"{sum_of}, no multiple of {step} as {family.name} needs it: {fit}")
     return side
 
 
@@ -385,17 +434,17 @@ def open_picture(name: str, value: Any) -> "Image | None":
             raise RequestError(f"{name}: {str(value)!r} cannot be read as a picture ({error})") from None
     if not isinstance(value, Image.Image):
         raise RequestError(f"{name} must be a PIL picture or a path, got {type(value).__name__}")
+    if not value.width or not value.height:
+        raise RequestError(f"{name} is empty: a picture of {value.width}x{value.height} pixels")
     return value
 
 
-def _fit(picture: "Image", request: Request, colours: str) -> "Image":
-    """Bring a picture to the request's size and to RGB or L; transparency becomes white."""
+def _fit(name: str, picture: "Image", size: tuple[int, int] | None) -> "Image":
+    """Bring a picture to its colours and, unless that is None, to a size."""
     from PIL import Image
 
-    if picture.mode in ("RGBA", "LA", "PA") and colours == "RGB":
-        ground = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    whole = request.margins is not None or request.strength is None  # grown, or edited
-    size = picture.size if whole else (request.width, request.height)
-    picture = picture.convert(colours)
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+    try:
+        picture = to_grey(picture) if name == "mask" else to_rgb(picture)
+    except ValueError:
+        raise RequestError(f"{name} has colours that cannot be read ({picture.mode}): convert it to RGB first") from None
+    return picture if size in (None, picture.size) else picture.resize(size, Image.Resampling.LANCZOS)

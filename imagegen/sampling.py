@@ -1,5 +1,7 @@
 """Noise per picture, schedulers by name, and noise levels. Knows nothing of pipelines or of what a model draws."""
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -10,54 +12,71 @@ from imagegen.request import RequestError
 
 # name -> (diffusers class, config overrides). `None` in a request keeps the model's own scheduler.
 Known = dict[str, tuple[str, dict[str, Any]]]
+
+
+def _entry(class_name: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    """Return a line of the tables: a name means the same whatever options the model's own scheduler has."""
+    return class_name, {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False} | options
+
+
+def _dpm(**options: Any) -> tuple[str, dict[str, Any]]:
+    plain = {"solver_order": 2, "solver_type": "midpoint", "algorithm_type": "dpmsolver++", "use_lu_lambdas": False}
+    return _entry("DPMSolverMultistepScheduler", **plain | options)
+
+
 SCHEDULERS: Known = {
-    "dpm++ 2m": ("DPMSolverMultistepScheduler", {"solver_order": 2, "use_karras_sigmas": False}),
-    "dpm++ 2m karras": ("DPMSolverMultistepScheduler", {"solver_order": 2, "use_karras_sigmas": True}),
-    "dpm++ 2m sde": ("DPMSolverMultistepScheduler", {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
-    "dpm++ 2m sde karras": (
-        "DPMSolverMultistepScheduler",
-        {"solver_order": 2, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
-    "euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm2": ("KDPM2DiscreteScheduler", {}),
-    "dpm2 a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
+    "dpm++ 2m": _dpm(),
+    "dpm++ 2m karras": _dpm(use_karras_sigmas=True),
+    "dpm++ 2m sde": _dpm(algorithm_type="sde-dpmsolver++"),
+    "dpm++ 2m sde karras": _dpm(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True),
+    "unipc": _entry("UniPCMultistepScheduler"),
+    "euler": _entry("EulerDiscreteScheduler"),
+    "euler karras": _entry("EulerDiscreteScheduler", use_karras_sigmas=True),
+    "euler a": _entry("EulerAncestralDiscreteScheduler"),
+    "ddim": _entry("DDIMScheduler"),
+    "ddpm": _entry("DDPMScheduler"),
+    "pndm": _entry("PNDMScheduler", skip_prk_steps=True),
+    "lms": _entry("LMSDiscreteScheduler"),
+    "heun": _entry("HeunDiscreteScheduler"),
+    "dpm2": _entry("KDPM2DiscreteScheduler"),
+    "dpm2 a": _entry("KDPM2AncestralDiscreteScheduler"),
+    "deis": _entry("DEISMultistepScheduler", algorithm_type="deis"),
+    "lcm": _entry("LCMScheduler"),
+    "tcd": _entry("TCDScheduler"),
 }
 STAND_IN = "dpm++ 2m"  # for a scheduler whose levels are not known
 # Flow-matching models need a scheduler that knows their noise; first order of DPM++ is Euler there.
-FLOW_SCHEDULERS: Known = {
-    "dpm++ 2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
-    "euler": ("DPMSolverMultistepScheduler", {"solver_order": 1}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
+FLOW_SCHEDULERS: Known = {"dpm++ 2m": _dpm(), "euler": _dpm(solver_order=1), "unipc": _entry("UniPCMultistepScheduler")}
 # Pipelines made for `FlowMatch` schedulers set their sigmas themselves, which only schedulers of this kind take.
 FLOW_MATCH_SCHEDULERS: Known = {
-    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "euler karras": ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}),
-    "lcm": ("FlowMatchLCMScheduler", {}),
+    "euler": _entry("FlowMatchEulerDiscreteScheduler"),
+    "euler karras": _entry("FlowMatchEulerDiscreteScheduler", use_karras_sigmas=True),
+    "lcm": _entry("FlowMatchLCMScheduler"),
 }
+# A model distilled for one of these was trained to step as it does, and no other way.
+ONE_OF_A_KIND: dict[str, Known] = {
+    "LCMScheduler": {"lcm": SCHEDULERS["lcm"]},
+    "SCMScheduler": {"scm": _entry("SCMScheduler")},
+}
+SAME = {"plms": "pndm"}  # by another name
 
 
-def known_schedulers(own: Any) -> Known:
+def known_schedulers(own: Any, calls: Collection[str] | None = None) -> Known:
     """Return the schedulers that a model can run with, by name.
 
     Args:
         own: the diffusers scheduler that came with it.
+        calls: what its pipeline's code calls, where that is known. Most scale what the denoiser sees unless the model
+            matches flows; one that does otherwise was written for its own kind of scheduler.
     """
-    if type(own).__name__.startswith("FlowMatch"):
-        return FLOW_MATCH_SCHEDULERS
-    flows = own.config.get("prediction_type") == "flow_prediction"
-    return FLOW_SCHEDULERS if flows else SCHEDULERS
+    kind = type(own).__name__
+    if kind in ONE_OF_A_KIND:
+        return ONE_OF_A_KIND[kind]
+    if prediction_of(own) == "flow" and not kind.startswith("FlowMatch"):
+        return FLOW_SCHEDULERS
+    table = FLOW_MATCH_SCHEDULERS if kind.startswith("FlowMatch") else SCHEDULERS
+    usual = calls is None or ("scale_model_input" in calls) == (table is SCHEDULERS)
+    return table if usual else {name: entry for name, entry in table.items() if entry[0] == kind}
 
 
 def make_generators(seed: int, num_images: int) -> list[torch.Generator]:
@@ -65,12 +84,13 @@ def make_generators(seed: int, num_images: int) -> list[torch.Generator]:
     return [torch.Generator("cpu").manual_seed(seed + index) for index in range(num_images)]
 
 
-def make_scheduler(own: Any, name: str | None) -> Any:
+def make_scheduler(own: Any, name: str | None, calls: Collection[str] | None = None) -> Any:
     """Return a scheduler with no state yet: the model's own kind, or another by name.
 
     Args:
         own: the diffusers scheduler that came with the model, not changed; None where the model has none.
-        name: one of `known_schedulers`, or None.
+        name: one of `known_schedulers` in any usual spelling, or None.
+        calls: what the model's pipeline calls, where that is known.
 
     Raises:
         RequestError: no such scheduler, or none of that name for this kind of model.
@@ -79,16 +99,42 @@ def make_scheduler(own: Any, name: str | None) -> Any:
         return None
     if name is None:
         return type(own).from_config(own.config)
-    known = known_schedulers(own)
-    key = name.lower().strip() if isinstance(name, str) else name
-    if key in SCHEDULERS and key not in known:
-        raise RequestError(f"scheduler {name!r} is not for models that match flows, as this one: it takes {', '.join(known)}")
-    if key not in known:
-        raise RequestError(f"unknown scheduler {name!r} for this model: it takes {', '.join(known)}")
-    class_name, overrides = known[key]
+    known = known_schedulers(own, calls)
+    spelled = {_spelling(one): entry for one, entry in known.items()}
+    key = _spelling(name)
+    if key not in spelled:
+        kind = "models that match flows, as this one" if prediction_of(own) == "flow" else "this model"
+        exists = key in map(_spelling, SCHEDULERS)
+        what = f"scheduler {name!r} is not for {kind}" if exists else f"unknown scheduler {name!r} for this model"
+        raise RequestError(f"{what}: it takes {', '.join(known) or 'only its own'}")
+    class_name, overrides = spelled[key]
     import diffusers
 
     return getattr(diffusers, class_name).from_config(own.config, **overrides)
+
+
+def _spelling(name: str) -> str:
+    """Return what every spelling of a scheduler's name has in common: `DPM++ 2M Karras`, `dpmpp_2m_karras`."""
+    letters = re.sub(r"[^a-z0-9+]", "", name.lower()).replace("ancestral", "a").replace("dpmpp", "dpm++")
+    return SAME.get(letters, letters)
+
+
+def check_steps(scheduler: Any, num_steps: int, share: float = 1.0) -> None:
+    """Refuse more steps than a scheduler has levels to choose from.
+
+    Args:
+        scheduler: of one run.
+        num_steps: asked for.
+        share: of its levels, where the pipeline hands it the strength.
+
+    Raises:
+        RequestError: there are fewer.
+    """
+    if type(scheduler).__name__ not in ("LCMScheduler", "TCDScheduler"):
+        return
+    most = int(scheduler.config.original_inference_steps * share)
+    if num_steps > most:
+        raise RequestError(f"{type(scheduler).__name__} takes up to {most} steps here, got {num_steps}: lower num_steps")
 
 
 def draw_from(scheduler: Any, generators: Any) -> None:

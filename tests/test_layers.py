@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "imagegen"
 ORDER = [
+    "canvas",
     "request",
     "licences",
-    "canvas",
     "cards",
     "catalog",
     "receipt",

@@ -1,7 +1,9 @@
 """Every wrong value is refused with its name, its value and the way out; good ones are filled in."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -10,6 +12,7 @@ from imagegen.catalog import FAMILIES
 from imagegen.request import MAX_SEED, build_request
 
 EMOJI = FAMILIES["emoji"]
+SQUARE = Image.new("RGB", (64, 64))
 
 
 def build(prompt="a red apple", **given):
@@ -102,6 +105,101 @@ def test_picture_brings_its_size_and_loses_its_transparency():
     assert request.image.mode == "RGB"
     assert request.image.getpixel((5, 5)) == (255, 255, 255)
     assert request.strength == 0.6
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "given", "made"),
+    [
+        ("stable-diffusion", (4032, 3024), {}, (2048, 1536)),
+        ("stable-diffusion-xl", (3000, 1000), {}, (2048, 680)),
+        ("emoji", (1024, 512), {}, (512, 256)),
+        ("emoji", (128, 30), {}, (272, 64)),
+        ("stable-diffusion", (1024, 512), {"width": 512}, (512, 256)),
+        ("stable-diffusion", (1024, 512), {"height": 512}, (1024, 512)),
+        ("stable-diffusion", (1000, 700), {"width": 512}, (512, 360)),
+        ("stable-diffusion", (1024, 512), {"width": 512, "height": 512}, (512, 512)),
+        ("flux.1-kontext", (4000, 500), {}, (2048, 256)),
+        ("flux.1-kontext", (200, 100), {"width": 512}, (512, 256)),
+    ],
+)
+def test_a_picture_keeps_its_shape(family, size, given, made):
+    strength = {} if "kontext" in family else {"strength": 0.5}
+    request = build_request("x", FAMILIES[family], {"image": Image.new("RGB", size), **given, **strength})
+    assert (request.width, request.height) == made
+    assert request.image.size == (made if strength else size)
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "says"),
+    [
+        ("stable-diffusion", {"image": Image.new("RGB", (400, 2)), "strength": 0.5}, "400x2 would become 2048x8, and sides"),
+        ("stable-diffusion", {"image": Image.new("RGB", (400, 50)), "width": 64}, "400x50 would become 64x8"),
+        ("flux.1-kontext", {"image": Image.new("RGB", (400, 2))}, "sides of at least 64 pixels, one at most 8 times"),
+        ("flux.2-klein", {"image": Image.new("RGB", (1000, 100))}, "a picture of 1000x100: crop it"),
+        ("emoji", {"image": Image.new("RGB", (0, 0))}, "image is empty: a picture of 0x0 pixels"),
+        ("emoji", {"image": SQUARE, "mask": Image.new("L", (0, 9))}, "mask is empty"),
+        ("emoji", {"image": Image.new("La", (64, 64))}, "image has colours that cannot be read (La): convert it to RGB first"),
+        ("emoji", {"image": SQUARE, "mask": Image.new("La", (64, 64))}, "mask has colours that cannot"),
+        ("emoji", {"image": SQUARE, "margins": (5, 0, 0, 0)},
+         "margins of 5 make a width of 69, no multiple of 8 as emoji needs it: give left and right 0 or 8 together"),
+        ("emoji", {"image": Image.new("RGB", (512, 64)), "margins": (8, 0, 0, 0)}, "a width of 520: emoji takes from 64 to 512"),
+        ("janus-pro", {"image": SQUARE, "margins": (8, 0, 0, 0)}, "it has no outpainting"),
+    ],
+)  # fmt: skip
+def test_pictures_that_cannot_be_taken(family, given, says):
+    with pytest.raises(imagegen.RequestError) as caught:
+        build_request("x", FAMILIES[family], given)
+    assert says in str(caught.value)
+
+
+def levels(kind, top):
+    """A picture whose left half is 0 and whose right half is the largest value."""
+    values = np.zeros((64, 64), kind)
+    values[:, 32:] = top
+    return Image.fromarray(values)
+
+
+def clear(mode):
+    """A picture whose right half is transparent, over black."""
+    picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 32, 64))
+    return picture.quantize() if mode == "P" else picture.convert(mode)
+
+
+def keyed(mode):
+    """A picture whose right half has the colour that its file calls transparent."""
+    colour, other = {"RGB": ((9, 9, 9), (255, 0, 0)), "L": (9, 0)}[mode]
+    picture = Image.new(mode, (64, 64), colour)
+    picture.paste(other, (0, 0, 32, 64))
+    picture.info["transparency"] = colour
+    return picture
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "control", "style_image"])
+@pytest.mark.parametrize(
+    "picture",
+    [
+        levels(np.uint16, 65535), levels(np.int32, 65535), levels(np.int32, 255), levels(np.float32, 1), levels(np.float32, 255),
+        clear("RGBA"), clear("LA"), clear("P"), keyed("RGB"), keyed("L"),
+        Image.merge("LAB", [levels(np.uint8, 255), *[Image.new("L", (64, 64), 128)] * 2]),
+    ],
+    ids=["I;16", "I", "I of 8 bits", "F", "F of 8 bits", "RGBA", "LA", "P", "RGB tRNS", "L tRNS", "LAB"],
+)  # fmt: skip
+def test_pictures_of_any_mode_are_seen_as_they_look(name, picture):
+    family = dataclasses.replace(EMOJI, takes=("control", "style"))
+    given = {"image": SQUARE, "style_image": Image.new("RGB", (9, 9)), "width": 64, "height": 64}
+    seen = getattr(build_request("x", family, given | {name: picture}), name)
+    values = np.asarray(seen.convert("L")).astype(int)
+    assert seen.mode == ("L" if name == "mask" else "RGB")
+    assert (values[:, 32:] == 255).all()
+    assert values[:, :32].max() <= 76  # black, or red
+
+
+def test_sixteen_bits_keep_their_steps():
+    depth = Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16))
+    grey = np.asarray(build(image=depth).image)[..., 0].astype(int)
+    assert len(np.unique(grey)) == 256
+    assert np.abs(grey - np.asarray(depth) / 257).max() <= 0.5
 
 
 def test_mask_is_brought_to_size_and_repaints_all_by_default():

@@ -18,6 +18,13 @@ def call_of(pipeline: Any) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
+def methods_called(pipeline: Any) -> set[str]:
+    """Return what the code that steps a pipeline's scheduler calls, by name."""
+    inner = [part for part in vars(pipeline).values() if hasattr(part, "components") and hasattr(part, "scheduler")]
+    steps = [part for part in inner if part.scheduler is pipeline.scheduler] or [pipeline]
+    return {name for part in steps for name in inspect.unwrap(type(part).__call__).__code__.co_names}
+
+
 def is_guided(request: Request, family: Family) -> bool:
     """Return whether guidance is computed, in two passes."""
     return (family.guided_by == TWO_PASSES and request.guidance > 1) or (request.true_guidance or 1.0) > 1
@@ -46,6 +53,8 @@ def translate(runner: Any, request: Request, family: Family, noise: torch.Tensor
     settings |= _pictures(known, request)
     if request.temperature is not None:
         settings["temperature"] = request.temperature
+    if "intermediate_timesteps" in known and request.num_steps != 2:
+        settings["intermediate_timesteps"] = None  # its default is for two steps
     if noise is not None:
         settings["latents"] = _start(runner, request, family, noise)
     if "num_images_per_prompt" in known and request.mode == "editing":  # a list of pictures means several to edit as one

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from imagegen.catalog import FAMILIES, TWO_PASSES, Family, fit_family
-from imagegen.families.arguments import call_of, translate
+from imagegen.families.arguments import call_of, methods_called, translate
 from imagegen.families.latents import decode_preview, noise_factor
 from imagegen.families.libraries import quiet
 from imagegen.families.loading import load_pipeline, load_stock
 from imagegen.families.run import OnStep, Run, StepState, in_lock_step, watched
 from imagegen.families.texts import cut_text
 from imagegen.request import ModelError, Request, RequestError
-from imagegen.sampling import draw_from, make_scheduler
+from imagegen.sampling import check_steps, draw_from, make_scheduler
 from imagegen.sources import Source
 
 __all__ = [  # what a model needs of this folder
@@ -155,7 +155,9 @@ def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Te
     runner = _for_mode(pipeline, request, control)
     if request.style_weight is not None:
         runner.set_ip_adapter_scale(request.style_weight)
-    runner.scheduler = make_scheduler(pipeline.scheduler, request.scheduler)
+    runner.scheduler = make_scheduler(pipeline.scheduler, request.scheduler, methods_called(pipeline))
+    limited = "original_inference_steps" in call_of(runner) and request.strength is not None
+    check_steps(runner.scheduler, request.num_steps, request.strength or 1.0 if limited else 1.0)
     for name, part in vars(runner).items():
         if hasattr(part, "components") and hasattr(part, "scheduler"):  # a pipeline inside a combined one
             own = copy.copy(part)

@@ -303,10 +303,11 @@ class FewerSteps(Lever):
         if self.num_steps < 1:
             return "fewer-steps needs at least one step"
         if self.scheduler is not None:
+            from imagegen.families.arguments import methods_called
             from imagegen.sampling import make_scheduler
 
             try:
-                make_scheduler(target.pipeline.scheduler, self.scheduler)
+                make_scheduler(target.pipeline.scheduler, self.scheduler, methods_called(target.pipeline))
             except RequestError as error:
                 return f"fewer-steps: {error}"
         return None
