@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from imagegen.families.diffusion import quiet
-from imagegen.levers.lever import Lever, RunFacts, Target, map_tensors, weights_stamp
+from imagegen.levers.lever import Lever, RunFacts, Style, Target, map_tensors, tensors_of, weights_stamp
 from imagegen.weights import cache_folder
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -48,11 +48,13 @@ class _OnACopy(Lever):
         self.change(worker)
         target.worker = worker
         self.patches.on_undo(lambda: setattr(target, "worker", before))
+        style, copied = Style(target.denoiser), Style(worker)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.counts["denoiser calls"] += 1
+            style.carry_to(copied)
             cast = lambda tensor: tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor  # noqa: E731
-            back = next((tensor.dtype for tensor in (*args, *kwargs.values()) if isinstance(tensor, torch.Tensor)), None)
+            back = next(tensor.dtype for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point())
             output = worker(*map_tensors(cast, args), **map_tensors(cast, kwargs))
             return map_tensors(lambda tensor: tensor.to(back), output)
 

@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -214,10 +214,34 @@ def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: map_tensors(change, inner) for key, inner in value.items()}
+        changed = {key: map_tensors(change, inner) for key, inner in value.items()}
+        return type(value)(**changed) if is_dataclass(value) else changed  # a ModelOutput also counts its entries
     if isinstance(value, (list, tuple)):
         return type(value)(map_tensors(change, inner) for inner in value)
     return value
+
+
+def shapes_of(*values: Any) -> str:
+    """Return what a recording or compilation holds for: the shapes and dtypes, and everything that is no tensor."""
+    return str(map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), values))
+
+
+class Style:
+    """How strongly a denoiser follows an IP-Adapter: its attention processors know, outside of weights and arguments."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        """Find the processors: another IP-Adapter brings other weights, and its own."""
+        processors: list[Any] = [getattr(module, "processor", None) for module in denoiser.modules()]
+        self.processors = [processor for processor in processors if hasattr(processor, "scale")]
+
+    def key(self) -> str:
+        """Return what changes with the strengths."""
+        return str([processor.scale for processor in self.processors])
+
+    def carry_to(self, copied: "Style") -> None:
+        """Give a copy of the denoiser the same strengths."""
+        for own, other in zip(self.processors, copied.processors, strict=True):
+            other.scale = own.scale
 
 
 def keyword_arguments(signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

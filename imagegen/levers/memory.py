@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from imagegen.levers.lever import Lever, Target, map_tensors, tensors_of
+from imagegen.levers.lever import Lever, Target, shapes_of, tensors_of
 
 OFFLOADS = frozenset({"model-offload", "group-offload"})
 
@@ -46,8 +46,7 @@ class PromptCache(Lever):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             tensors = tuple(tensors_of((args, kwargs)))
-            others = str(map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), (args, kwargs)))
-            key = (others, *(tensor.cpu().numpy().tobytes() for tensor in tensors))
+            key = (shapes_of(args, kwargs), *(tensor.cpu().numpy().tobytes() for tensor in tensors))
             if key in kept:
                 kept.move_to_end(key)
                 self.counts["encodings reused"] += 1
