@@ -27,7 +27,7 @@ class RunFacts:
 
     Attributes:
         guided: whether guidance is computed.
-        num_steps: how many steps it will take, as far as is known.
+        num_steps: how many steps were asked for; `count_steps` and `Lever.advance` know how many are taken.
         guidance: the guidance.
         scheduler: the run's own scheduler, whose steps are not set yet; None outside a model's run.
         generators: one for each picture, from which its noise is drawn.
@@ -38,6 +38,15 @@ class RunFacts:
     guidance: float = 1.0
     scheduler: Any = None
     generators: tuple[torch.Generator, ...] = ()
+
+    def count_steps(self) -> int:
+        """Return how many steps the run takes, from the denoiser's first call on, when the pipeline has set them.
+
+        One from a picture takes fewer than were asked for, each family by a rule of its own, and a scheduler of second
+        order takes more. One that does not know where it begins, such as DDIM's, counts the steps before that as well.
+        """
+        steps = getattr(self.scheduler, "timesteps", None)
+        return self.num_steps if steps is None else len(steps) - (getattr(self.scheduler, "begin_index", None) or 0)
 
 
 class Target:

@@ -10,8 +10,14 @@ from typing import Any
 import torch
 
 from imagegen.levers.lever import Style, keyword_arguments, map_tensors, shapes_of, tensors_of
+from imagegen.request import PlanError
 
 MAX_SHAPES = 6  # every compilation holds a copy of the weights
+
+
+def cannot_read(module: torch.nn.Module) -> str:
+    """Say what OpenVINO cannot do, and the way out."""
+    return f"OpenVINO cannot read this model's network, a {type(module).__name__}: use compile"
 
 
 class Compiled:
@@ -35,7 +41,7 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute as the module does; gradients are not."""
-        named = {key: value for key, value in keyword_arguments(self.signature, args, kwargs).items() if value is not None}
+        named = keyword_arguments(self.signature, args, kwargs)
         key = (torch.get_num_threads(), shapes_of(named), self.style.key())
         if key not in self.requests:
             _keep(self.requests, key, self._compile(named))
@@ -64,8 +70,12 @@ class Compiled:
         return openvino.Core().compile_model(model, "CPU", settings).create_infer_request(), trace.kind
 
     def _trace(self, named: dict[str, Any]) -> "_Trace":
-        """Convert through the front end itself: `openvino.convert_model` reports every conversion to a server."""
-        from openvino.frontend import FrontEndManager
+        """Convert through the front end itself: `openvino.convert_model` reports every conversion to a server.
+
+        Raises:
+            PlanError: OpenVINO lacks something that the module does.
+        """
+        from openvino.frontend import FrontEndManager, GeneralFailure, OpConversionFailure, OpValidationFailure
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
         probe = _Positional(self.forward, self.module, named).eval()
@@ -75,7 +85,10 @@ class Compiled:
             example = tuple(tensors_of(named))
             graph = TorchScriptPythonDecoder(probe, example_input=example, trace_kwargs={"check_trace": False})
         frontend = FrontEndManager().load_by_framework("pytorch")
-        return _Trace(frontend.convert(frontend.load(graph)), probe.kind)
+        try:
+            return _Trace(frontend.convert(frontend.load(graph)), probe.kind)
+        except (GeneralFailure, OpConversionFailure, OpValidationFailure) as error:
+            raise PlanError(cannot_read(self.module)) from error
 
 
 @dataclass(frozen=True)
