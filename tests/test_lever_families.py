@@ -197,12 +197,13 @@ def test_a_network_that_openvino_cannot_read_is_told_in_words(model_of, monkeypa
     ("name", "plan", "says"),
     [
         ("kandinsky3", "openvino", "use compile"),
+        ("kandinsky22", "openvino", "use compile"),
         ("kandinsky3", "deep-cache", "use step-cache"),
         ("flux.2-klein", "first-block-cache", "use taylorseer-cache"),
         ("chroma", "first-block-cache", "use step-cache"),
     ],
 )
-def test_what_fails_inside_diffusers_is_refused_before(model_of, name, plan, says):
+def test_what_fails_deep_inside_is_refused_before(model_of, name, plan, says):
     with pytest.raises(imagegen.PlanError, match=says):
         model_of(name).set_plan(plan)
 

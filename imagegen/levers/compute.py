@@ -411,7 +411,8 @@ class OpenVino(Lever):
             return "openvino computes on the CPU, and the model is elsewhere: use compile"
         if find_spec("openvino") is None:
             return "openvino is not installed: pip install 'imagegen-diffusion[fast]'"
-        if type(target.worker).__name__ in NOT_FOR_OPENVINO:
+        scaled = getattr(getattr(target.worker, "config", None), "resnet_time_scale_shift", None) == "scale_shift"
+        if type(target.worker).__name__ in NOT_FOR_OPENVINO or scaled:  # on norms with a scale it crashes as well
             return cannot_read(target.worker)
         if next(target.denoiser.parameters()).dtype != torch.float32:
             return "openvino takes a model in float32 and computes in what precision= says: load it with dtype='float32'"
