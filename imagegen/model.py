@@ -326,8 +326,8 @@ class Model(Variations, Guides):
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:
         """Let the plan's levers follow a run, in whatever thread it is computed."""
-        num_steps = int(request.num_steps * (request.strength or 1.0))
-        facts = RunFacts(is_guided(request, self.family), num_steps, request.guidance, run.scheduler, run.generators)
+        guided = is_guided(request, self.family)
+        facts = RunFacts(guided, request.num_steps, request.guidance, run.scheduler, run.generators)
 
         def followed(on_step: diffusion.OnStep | None) -> list[Any]:
             applied = self._applied  # the plan when the run begins, which may be later than its request

@@ -1,10 +1,12 @@
 """diffusers' own step caches, for transformers that have them (`CacheMixin`).
 
-Each is switched on when a run begins and off when it ends, however it ends: diffusers' caches keep
+Each is switched on when a run begins to compute and off when it ends, however it ends: diffusers' caches keep
 their state otherwise, and the picture after a stopped one comes out wrong.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,38 +22,78 @@ class _DiffusersCache(Lever):
     stage: ClassVar[int] = 6
 
     def requires(self, target: Target) -> str | None:
-        """Return why it cannot engage."""
-        if not hasattr(target.worker, "enable_cache"):
-            return f"diffusers has no {self.name} for a {type(target.worker).__name__}: use step-cache"
+        """Return why it cannot engage: diffusers knows the blocks of some transformers only, which a trial finds out."""
+        self.worker, trial = target.worker, Patches()
+        self._keep(trial)
+        try:
+            self.worker.enable_cache(self.config(num_steps=2))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return f"diffusers has no {self.name} for this {type(self.worker).__name__}: use step-cache"
+        finally:
+            trial.undo()
         return None
+
+    def _keep(self, patches: Patches) -> None:
+        """Remember what diffusers changes of the worker."""
+        for module in self.worker.modules():
+            for name in ("forward", "_diffusers_hook", "_cache_config"):
+                patches.keep(module, name)
 
     @abstractmethod
     def config(self, num_steps: int) -> Any:
         """Return diffusers' configuration for a run of so many steps."""
 
     def apply(self, target: Target) -> None:
-        """Count the calls of the denoiser and what is computed of them; the cache comes with a run."""
+        """Stand before the denoiser and count what is computed of it; the cache comes with a run."""
         self.worker = target.worker
         self.during_run = Patches()
-        if target.worker is not target.denoiser:  # pipelines name each call's half of guidance to the denoiser
-            self.patches.set(target.denoiser, "cache_context", target.worker.cache_context)
-        self.patches.count(target.worker, "forward", self.counts, "denoiser calls")
+        self.run: RunFacts | None = None
+        self.context = target.worker.cache_context
+        self.patches.set(target.denoiser, "cache_context", self._note)
+        self.patches.wrap(target.worker, "forward", self._around)
         for module in self._probes():
             self.patches.count(module, "forward", self.counts, "attentions computed")
 
     def _probes(self) -> list[Any]:
-        return [module for name, module in self.worker.named_modules() if name.rsplit(".", 1)[-1] == "attn"]
+        return [module for name, module in self.worker.named_modules() if name.rsplit(".", 1)[-1] in ("attn", "attn1")]
+
+    @contextmanager
+    def _note(self, name: str, **facts: Any) -> Iterator[None]:
+        """Remember which call the pipeline says comes: `cond`, say."""
+        self.said: tuple[str, dict[str, Any]] | None = (name, facts)
+        try:
+            yield
+        finally:
+            self.said = None
+
+    def _around(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.counts["denoiser calls"] += 1
+            if self.run is None:
+                return compute(*args, **kwargs)
+            if not self.worker.is_cache_enabled:
+                self.worker.enable_cache(self.config(self.run.count_steps()))
+            name, facts = self.said or (f"call {self.calls}", {})  # many pipelines say nothing
+            self.calls += 1
+            with self.context(name, **facts):
+                return compute(*args, **kwargs)
+
+        return forward
 
     def begin(self, run: RunFacts) -> None:
-        """Switch the cache on, empty."""
-        for module in self.worker.modules():
-            for name in ("forward", "_diffusers_hook", "_cache_config"):
-                self.during_run.keep(module, name)
-        self.worker.enable_cache(self.config(run.num_steps))
+        """Let the first call switch the cache on, empty: only then is it known how many steps there are."""
+        self.run, self.said, self.calls = run, None, 0
+        self._keep(self.during_run)
+
+    def advance(self, index: int, num_steps: int) -> None:
+        """Count the calls of the next step from 0."""
+        self.calls = 0
 
     def end(self) -> None:
         """Switch it off; with it goes its state, and the hooks that diffusers leaves empty."""
-        self.worker.disable_cache()
+        self.run = None
+        if self.worker.is_cache_enabled:
+            self.worker.disable_cache()
         self.during_run.undo()
 
     def engaged(self) -> str:
@@ -69,6 +111,12 @@ class FirstBlockCache(_DiffusersCache):
 
     name: ClassVar[str] = "first-block-cache"
     conflicts: ClassVar[frozenset[str]] = CACHES - {"first-block-cache"} | {"step-cache", "compile", "openvino"}
+
+    def requires(self, target: Target) -> str | None:
+        """Return why it cannot engage: FLUX.2's single blocks return text and picture in one, which diffusers takes apart."""
+        if type(target.worker).__name__ == "Flux2Transformer2DModel":
+            return "diffusers' first-block-cache fails on the single blocks of FLUX.2: use taylorseer-cache or step-cache"
+        return super().requires(target)
 
     def config(self, num_steps: int) -> Any:
         """Return diffusers' configuration."""

@@ -16,11 +16,18 @@ from typing import Any, ClassVar
 import torch
 
 from imagegen.families.diffusion import quiet
-from imagegen.levers.lever import Lever, RunFacts, Target, map_tensors, weights_stamp
+from imagegen.levers.lever import Lever, RunFacts, Style, Target, map_tensors, tensors_of, weights_stamp
+from imagegen.levers.openvino import Compiled, cannot_read
 from imagegen.weights import cache_folder
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 MAX_SHAPES = 64
+# Denoisers that OpenVINO 2026.4 cannot convert: they compute with complex numbers, or take lists of changing lengths; it
+# crashes on the last.
+NOT_FOR_OPENVINO = frozenset(
+    {"QwenImageTransformer2DModel", "ZImageTransformer2DModel", "LuminaNextDiT2DModel", "Lumina2Transformer2DModel"}
+    | {"HiDreamImageTransformer2DModel", "Kandinsky3UNet"}
+)
 PRECISIONS = frozenset({"bf16", "fp16", "int8-dynamic", "int8-weight-only", "int8-fused", "fp8"})
 
 
@@ -48,11 +55,13 @@ class _OnACopy(Lever):
         self.change(worker)
         target.worker = worker
         self.patches.on_undo(lambda: setattr(target, "worker", before))
+        style, copied = Style(target.denoiser), Style(worker)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.counts["denoiser calls"] += 1
+            style.carry_to(copied)
             cast = lambda tensor: tensor.to(self.dtype) if self.dtype and tensor.is_floating_point() else tensor  # noqa: E731
-            back = next((tensor.dtype for tensor in (*args, *kwargs.values()) if isinstance(tensor, torch.Tensor)), None)
+            back = next(tensor.dtype for tensor in tensors_of((args, kwargs)) if tensor.is_floating_point())
             output = worker(*map_tensors(cast, args), **map_tensors(cast, kwargs))
             return map_tensors(lambda tensor: tensor.to(back), output)
 
@@ -113,11 +122,13 @@ class _Quantised(_OnACopy):
             return f"{self.name} acts on linear layers, and this denoiser has none of {self.min_features} features or more"
         return None
 
-    def _fits(self, module: torch.nn.Module, _name: str = "") -> bool:
-        return isinstance(module, torch.nn.Linear) and min(module.in_features, module.out_features) >= self.min_features
+    def _fits(self, module: torch.nn.Module, name: str) -> bool:
+        if not isinstance(module, torch.nn.Linear) or "pooler" in name.split("."):  # whose weights are read past the layers
+            return False
+        return min(module.in_features, module.out_features) >= self.min_features
 
     def _layers(self, worker: torch.nn.Module) -> int:
-        return sum(self._fits(module) for module in worker.modules())
+        return sum(self._fits(module, name) for name, module in worker.named_modules())
 
     @abstractmethod
     def config(self) -> Any:
@@ -129,7 +140,7 @@ class _Quantised(_OnACopy):
             warnings.simplefilter("ignore")
             from torchao.quantization import quantize_
 
-            before = {name: module.weight for name, module in worker.named_modules() if self._fits(module)}
+            before = {name: module.weight for name, module in worker.named_modules() if self._fits(module, name)}
             quantize_(worker, self.config(), filter_fn=self._fits)
         after = dict(worker.named_modules())
         self.counts["layers quantised"] = sum(type(after[name].weight) is not type(old) for name, old in before.items())
@@ -196,13 +207,13 @@ class ChannelsLast(Lever):
     conflicts: ClassVar[frozenset[str]] = frozenset({"openvino"})
 
     def requires(self, target: Target) -> str | None:
-        """Return why it cannot engage: only convolutions over two dimensions have such a layout."""
+        """Return why it cannot engage: only convolutions over two dimensions, of several channels, have such a layout."""
         found = self._convolutions(target.worker)
         return None if found else "channels-last acts on convolutions, and this denoiser has none: leave it out"
 
     def _convolutions(self, worker: torch.nn.Module) -> list[torch.nn.Conv2d]:
         found = (module for module in worker.modules() if isinstance(module, torch.nn.Conv2d))
-        return [module for module in found if module.weight.shape[2:] != (1, 1)]
+        return [module for module in found if module.weight.shape[2:] != (1, 1) and module.weight.shape[1] > 1]
 
     def apply(self, target: Target) -> None:
         """Lay out anew; every value stays."""
@@ -400,6 +411,9 @@ class OpenVino(Lever):
             return "openvino computes on the CPU, and the model is elsewhere: use compile"
         if find_spec("openvino") is None:
             return "openvino is not installed: pip install 'imagegen-diffusion[fast]'"
+        scaled = getattr(getattr(target.worker, "config", None), "resnet_time_scale_shift", None) == "scale_shift"
+        if type(target.worker).__name__ in NOT_FOR_OPENVINO or scaled:  # on norms with a scale it crashes as well
+            return cannot_read(target.worker)
         if next(target.denoiser.parameters()).dtype != torch.float32:
             return "openvino takes a model in float32 and computes in what precision= says: load it with dtype='float32'"
         if self.precision not in ("f32", "bf16"):
@@ -410,8 +424,6 @@ class OpenVino(Lever):
 
     def apply(self, target: Target) -> None:
         """Stand before the denoiser and the decoder."""
-        from imagegen.levers.openvino import Compiled
-
         parts = {"denoiser": target.worker, "decoder": getattr(getattr(target.pipeline, "vae", None), "decoder", None)}
         for name, part in parts.items():
             if part is None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from imagegen.levers.blocks import CACHES
-from imagegen.levers.lever import Lever, RunFacts, Target, map_tensors, tensors_of
+from imagegen.levers.lever import Lever, RunFacts, Style, Target, map_tensors, shapes_of, tensors_of
 from imagegen.levers.memory import OFFLOADS
 from imagegen.levers.steps import halves_are_one_batch
 
@@ -44,22 +44,18 @@ def record(compute: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     return output, graph.replay
 
 
-def shapes_of(args: Any, kwargs: Any) -> str:
-    """Return what a recording holds for: the shapes, and every argument that is no tensor."""
-    return str(map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), (args, kwargs)))
-
-
 class Replayed:
-    """A function of tensors that is recorded once for each set of shapes, and replayed."""
+    """A denoiser's function that is recorded once for each set of shapes and strength of a style, and replayed."""
 
-    def __init__(self, compute: Callable[..., Any]) -> None:
+    def __init__(self, compute: Callable[..., Any], style: Style) -> None:
         """Record nothing yet."""
         self.compute = compute
-        self.recorded: dict[str, tuple[list[torch.Tensor], Any, Callable[[], None]]] = {}
+        self.style = style
+        self.recorded: dict[tuple[str, str], tuple[list[torch.Tensor], Any, Callable[[], None]]] = {}
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Record for these shapes, unless that was done; the function runs a few times for it."""
-        key = shapes_of(args, kwargs)
+        key = (shapes_of(args, kwargs), self.style.key())
         if key in self.recorded:
             return
         device = next(tensor.device for tensor in tensors_of((args, kwargs)) if tensor.dim())
@@ -70,7 +66,7 @@ class Replayed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return fresh tensors: the next replay overwrites those of the graph."""
         self.prepare(*args, **kwargs)
-        inputs, output, replay = self.recorded[shapes_of(args, kwargs)]
+        inputs, output, replay = self.recorded[shapes_of(args, kwargs), self.style.key()]
         for static, tensor in zip(inputs, tensors_of((args, kwargs)), strict=True):
             static.copy_(tensor, non_blocking=True)
         replay()
@@ -97,7 +93,7 @@ class CudaGraph(_Graph):
 
     def apply(self, target: Target) -> None:
         """Stand before the denoiser."""
-        replayed = Replayed(target.denoiser.forward)
+        replayed = Replayed(target.denoiser.forward, Style(target.denoiser))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             output = replayed(*args, **kwargs)
@@ -231,8 +227,8 @@ class StepGraph(_Graph):
 
     def apply(self, target: Target) -> None:
         """Stand before the denoiser."""
-        self.compute = target.denoiser.forward
-        self.replayed = Replayed(self.compute)  # for schedulers whose steps are no table
+        self.compute, self.style = target.denoiser.forward, Style(target.denoiser)
+        self.replayed = Replayed(self.compute, self.style)  # for schedulers whose steps are no table
         self.recorded: dict[Any, tuple[StepLoop, Replayed]] = {}
         self.run: RunFacts | None = None
         self.patches.set(target.denoiser, "forward", self._forward)
@@ -302,7 +298,7 @@ class StepGraph(_Graph):
                 loop.step(output[0])
                 return output
 
-            self.recorded[key] = (loop, Replayed(whole))
+            self.recorded[key] = (loop, Replayed(whole, self.style))
         return self.recorded[key]
 
 

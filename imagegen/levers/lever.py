@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ class RunFacts:
 
     Attributes:
         guided: whether guidance is computed.
-        num_steps: how many steps it will take, as far as is known.
+        num_steps: how many steps were asked for; `count_steps` and `Lever.advance` know how many are taken.
         guidance: the guidance.
         scheduler: the run's own scheduler, whose steps are not set yet; None outside a model's run.
         generators: one for each picture, from which its noise is drawn.
@@ -38,6 +38,15 @@ class RunFacts:
     guidance: float = 1.0
     scheduler: Any = None
     generators: tuple[torch.Generator, ...] = ()
+
+    def count_steps(self) -> int:
+        """Return how many steps the run takes, from the denoiser's first call on, when the pipeline has set them.
+
+        One from a picture takes fewer than were asked for, each family by a rule of its own, and a scheduler of second
+        order takes more. One that does not know where it begins, such as DDIM's, counts the steps before that as well.
+        """
+        steps = getattr(self.scheduler, "timesteps", None)
+        return self.num_steps if steps is None else len(steps) - (getattr(self.scheduler, "begin_index", None) or 0)
 
 
 class Target:
@@ -214,10 +223,34 @@ def map_tensors(change: Callable[[torch.Tensor], Any], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: map_tensors(change, inner) for key, inner in value.items()}
+        changed = {key: map_tensors(change, inner) for key, inner in value.items()}
+        return type(value)(**changed) if is_dataclass(value) else changed  # a ModelOutput also counts its entries
     if isinstance(value, (list, tuple)):
         return type(value)(map_tensors(change, inner) for inner in value)
     return value
+
+
+def shapes_of(*values: Any) -> str:
+    """Return what a recording or compilation holds for: the shapes and dtypes, and everything that is no tensor."""
+    return str(map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), values))
+
+
+class Style:
+    """How strongly a denoiser follows an IP-Adapter: its attention processors know, outside of weights and arguments."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        """Find the processors: another IP-Adapter brings other weights, and its own."""
+        processors: list[Any] = [getattr(module, "processor", None) for module in denoiser.modules()]
+        self.processors = [processor for processor in processors if hasattr(processor, "scale")]
+
+    def key(self) -> str:
+        """Return what changes with the strengths."""
+        return str([processor.scale for processor in self.processors])
+
+    def carry_to(self, copied: "Style") -> None:
+        """Give a copy of the denoiser the same strengths."""
+        for own, other in zip(self.processors, copied.processors, strict=True):
+            other.scale = own.scale
 
 
 def keyword_arguments(signature: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

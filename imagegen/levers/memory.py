@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from imagegen.levers.lever import Lever, Target, map_tensors, tensors_of
+from imagegen.levers.lever import Lever, Target, shapes_of, tensors_of
 
 OFFLOADS = frozenset({"model-offload", "group-offload"})
 
@@ -46,8 +46,7 @@ class PromptCache(Lever):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             tensors = tuple(tensors_of((args, kwargs)))
-            others = str(map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), (args, kwargs)))
-            key = (others, *(tensor.cpu().numpy().tobytes() for tensor in tensors))
+            key = (shapes_of(args, kwargs), *(tensor.cpu().numpy().tobytes() for tensor in tensors))
             if key in kept:
                 kept.move_to_end(key)
                 self.counts["encodings reused"] += 1
@@ -126,14 +125,15 @@ class TinyDecoder(Lever):
 
     def requires(self, target: Target) -> str | None:
         """Return why it cannot engage."""
-        vae = getattr(target.pipeline, "vae", None)
+        vae: Any = getattr(target.pipeline, "vae", None)
         try:
             config = json.loads((Path(self.folder) / "config.json").read_text(encoding="utf-8")) if self.folder and vae else {}
             factor = 2 ** (len(config["decoder_block_out_channels"]) - 1)
             made_for = (config["_class_name"], config["latent_channels"], factor)
-        except (OSError, ValueError, KeyError, TypeError):
-            made_for = None
-        if vae is None or made_for != ("AutoencoderTiny", vae.config.latent_channels, target.pipeline.vae_scale_factor):
+            fits = made_for == ("AutoencoderTiny", vae.config.latent_channels, target.pipeline.vae_scale_factor)
+        except (AttributeError, OSError, ValueError, KeyError, TypeError):
+            fits = False
+        if not fits:
             return f"tiny-decoder needs the folder of an AutoencoderTiny for this model's latents, got {self.folder!r}"
         return None
 

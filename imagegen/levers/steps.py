@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from imagegen.levers.lever import Lever, RunFacts, Target, map_tensors
+from imagegen.levers.lever import Lever, RunFacts, Target, map_tensors, tensors_of
 from imagegen.request import RequestError
 
 
@@ -32,6 +32,14 @@ def extrapolate(history: Sequence[tuple[int, Any]], index: int) -> Any:
                 weight *= (index - other) / (step - other)
         guess = guess + weight * value
     return guess
+
+
+def continue_output(history: Sequence[tuple[int, Any]], index: int) -> Any:
+    """Return an output of the same kind as those before, every tensor of it continued; arguments as of `extrapolate`."""
+    steps, outputs = zip(*history, strict=True)
+    series = zip(*map(tensors_of, outputs), strict=True)
+    guesses = iter([extrapolate([*zip(steps, values, strict=True)], index) for values in series])
+    return map_tensors(lambda _: next(guesses), outputs[-1])
 
 
 @dataclass
@@ -103,18 +111,16 @@ class StepCache(Scheduled):
         def around(compute: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 call, self.calls = self.calls, self.calls + 1
-                if kwargs.get("return_dict", True):  # no pipeline of diffusers asks for that
-                    return compute(*args, **kwargs)
                 sample = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
                 slot = (call, len(sample))  # other rows, when guidance goes on or off, are another series
                 history = self.histories.get(slot)
                 if self.is_due() or not history:
                     self.counts["steps computed"] += 1
                     output = compute(*args, **kwargs)
-                    self.remember(slot, output[0])
+                    self.remember(slot, output)
                     return output
                 self.counts["steps skipped"] += 1
-                return (extrapolate(history, self.index),)
+                return continue_output(history, self.index)
 
             return forward
 
@@ -141,7 +147,7 @@ class DeepCache(Scheduled):
     def requires(self, target: Target) -> str | None:
         """Return why it cannot engage: it needs a UNet with blocks to leave out."""
         blocks = getattr(target.worker, "down_blocks", None)
-        if blocks is None or not hasattr(target.worker, "up_blocks"):
+        if blocks is None or not all(hasattr(target.worker, name) for name in ("mid_block", "up_blocks")):
             return f"deep-cache is for UNets, and this is a {type(target.worker).__name__}: use step-cache"
         if not 1 <= self.depth < len(blocks) or self.order:
             return f"deep-cache here takes a depth from 1 to {len(blocks) - 1} and order 0"
