@@ -304,13 +304,13 @@ class Model(Variations, Guides):
         request, run = self._prepare(prompt, settings)
         return self._read(request, diffusion.in_lock_step(run), given_noise=settings.get("noise") is not None)
 
-    def notice_about(self, prompt: str) -> str | None:
+    def notice_about(self, prompt: str, name: str = "prompt") -> str | None:
         """Return what `generate` will warn of: a prompt's end that the text encoder will not read, weights it does not know."""
         reason = why_not(self.pipeline, self.family) if has_weights(prompt) else None
         if reason:
-            return f"the prompt's weights are read as plain words: {reason}"
+            return f"the {name}'s weights are read as plain words: {reason}"
         limit, cut = diffusion.cut_text(self.pipeline, prompt, self.family.chat)
-        return f"the prompt is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
+        return f"the {name} is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
 
     def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, Callable[[diffusion.OnStep | None], list[Any]]]:
         """Check everything before anything runs; a prompt too long for the text encoder warns."""
@@ -319,9 +319,10 @@ class Model(Variations, Guides):
         noise = settings.get("noise")
         if noise is not None and not isinstance(noise, torch.Tensor):
             raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
-        notice = None if reads_on(self.pipeline, self.family, request) else self.notice_about(request.prompt)
-        if notice:
-            warnings.warn(notice, stacklevel=4)
+        whole = reads_on(self.pipeline, self.family, request)
+        for text, name in ((request.prompt, "prompt"), (request.negative_prompt, "negative prompt")):
+            if text and not whole and (notice := self.notice_about(text, name)):
+                warnings.warn(notice, stacklevel=4)
         return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control))
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:

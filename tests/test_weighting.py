@@ -5,24 +5,43 @@ import pytest
 from test_families import assert_identical, seeded
 
 import imagegen
-from imagegen.families.weighting import _translate, has_weights
+from imagegen.families.weighting import Weighed, has_weights, read_weights
 
 SETTINGS = {"seed": 1, "num_steps": 2, "guidance": 3, "width": 64, "height": 64}
 WORDS = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 64, "height": 64}
 
 
 @pytest.mark.parametrize(
-    ("prompt", "theirs"),
+    ("prompt", "pieces"),
     [
-        ("a (red:1.3) apple", "a (red)1.3 apple"),
-        ("(a red apple:.5), (old)", r"(a red apple).5, \(old\)"),
-        ("a red apple", "a red apple"),
-        ("(red:) apple (1:2:3)", r"\(red:\) apple \(1:2:3\)"),
+        ("a (red:1.3) apple", [("a ", 1.0), ("red", 1.3), (" apple", 1.0)]),
+        ("(red:.5), ((big) old:2)", [("red", 0.5), (", ", 1.0), ("big", 2.2), (" old", 2.0)]),
+        ("((red:1.8)) [blue] (1:1)", [("red ", 1.98), ("blue ", 0.909091), ("1", 1.0)]),
+        (r"(a \(dog\):1.2) \\", [("a (dog)", 1.2), (" \\", 1.0)]),
+        ('(red:2) C++ dog- "x".and() d:e)', [("red", 2.0), (' C++ dog- "x".and d:e)', 1.0)]),
+        ("(red:0) ( :3) ((x", [("red  ", 0.0), (" ((x", 1.0)]),
+        ("( :1.3)", [("", 1.0)]),
     ],
 )
-def test_weights_in_the_usual_form_are_written_in_compels(prompt, theirs):
-    assert _translate(prompt) == theirs
-    assert has_weights(prompt) == ("1.3" in prompt or ".5" in prompt)
+def test_a_prompt_is_read_as_pieces_with_weights(prompt, pieces):
+    """As the field's programs read it: round brackets are 1.1 times, square ones 1 / 1.1 times, and they multiply."""
+    assert read_weights(prompt) == pieces
+    assert has_weights(prompt)
+    assert Weighed(prompt) == "".join(text for text, _ in pieces)
+
+
+@pytest.mark.parametrize("prompt", ["a red apple", "(old) [red] ((car))", "time 3:3) (", "(red:) apple", r"\(red:1.3\)", "[red:0.5]", ""])
+def test_a_prompt_without_a_number_in_brackets_is_left_as_it_is(prompt):
+    assert not has_weights(prompt)
+    assert read_weights(prompt) == [(prompt, 1.0)]
+    assert Weighed(prompt) == prompt
+
+
+@pytest.mark.parametrize("name", ["sd1.5", "sdxl", "flux"])
+@pytest.mark.parametrize("prompt", ["( :1.3)", "(red:0) apple", '(a:1.3) C++ dog- "x".and() d:e'])
+def test_no_weighted_prompt_ends_in_a_fault_of_the_parser(name, prompt, model_of):
+    two_passes = {"true_guidance": 4} if name == "flux" else {}
+    model_of(name)(prompt, negative_prompt="(blue:1.2)", **SETTINGS | two_passes)
 
 
 def test_a_weight_scales_what_the_words_change(model_of, stock_of):
@@ -47,6 +66,13 @@ def test_weights_work_in_a_batch_of_other_families(name, model_of):
     assert_identical(model("a (red:1.8) apple", **SETTINGS).images[0], model("a (red:1.8) apple", **SETTINGS).images[0])
     for mine, other in zip(weighted, plain, strict=True):
         assert not np.array_equal(np.asarray(mine), np.asarray(other))
+
+
+def test_a_negative_prompt_that_is_not_read_as_written_is_warned_of(model_of):
+    with pytest.warns(UserWarning, match="the negative prompt is longer than the 77 tokens this model reads; left out"):
+        model_of("sd1.5")("red", negative_prompt="apple " * 80, **SETTINGS)
+    with pytest.warns(UserWarning, match="the negative prompt's weights are read as plain words"):
+        model_of("sd3")("red", negative_prompt="(apple:1.2)", **SETTINGS)
 
 
 @pytest.mark.parametrize("name", ["sd1.5", "sdxl"])

@@ -24,6 +24,7 @@ import torch
 from build_data import default_work
 from captions import telling_tags
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from pictures import Pictures
 from precision import fast_autocast
 from rich.progress import track
@@ -33,7 +34,7 @@ from text import embed, load_text_encoder
 SHARD_SCENES = 2000
 NUM_SHARDS = 16
 CAPTIONS_PER_SCENE = 2
-BATCH = 32
+BATCH = 64
 LEARNING_RATE = 7e-4
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
@@ -149,6 +150,7 @@ class Training:
         self.file = work / "denoiser.pt"
         fresh = UNet2DConditionModel.from_pretrained(start_from / "unet").float() if start_from else new_denoiser()
         self.model = fresh.train().to(memory_format=torch.channels_last)
+        self.model.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow backward pass on a CPU
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim <= 1]
