@@ -226,6 +226,8 @@ class Model(Variations, Guides):
         """
         if not isinstance(weight, (int, float)) or not abs(weight) < 100:
             raise ModelError(f"weight must be a number below 100, got {weight!r}")
+        if not isinstance(path, (str, Path)):
+            raise ModelError(f"a LoRA is the path of its file or folder, got {path!r}")
         self.check_idle("the LoRAs")
         name = f"lora{len(self.loras)}"
         file = adapters.load_adapter(self.pipeline, Path(path), name)

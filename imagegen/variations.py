@@ -73,7 +73,7 @@ class Variations(ABC):
         if isinstance(strength, str) and strength not in VARIATIONS:
             raise RequestError(f"strength must be {' or '.join(VARIATIONS)}, or above 0 and at most 1, got {strength!r}")
         amount = VARIATIONS[strength] if isinstance(strength, str) else strength
-        return self.generate(words, image=image, strength=amount, **settings)
+        return self._generate(words, settings, image=image, strength=amount)
 
     def upscale(
         self,
@@ -101,7 +101,7 @@ class Variations(ABC):
             raise RequestError(f"factor must be above 1 and at most 8, got {factor!r}")
         step = self.family.multiple_px
         width, height = (round(side * factor / step) * step for side in (image.width, image.height))
-        return self.generate(words, image=image, strength=strength, width=width, height=height, **settings)
+        return self._generate(words, settings, image=image, strength=strength, width=width, height=height)
 
     def outpaint(
         self,
@@ -129,7 +129,13 @@ class Variations(ABC):
             RequestError: a setting is wrong, or the family has no outpainting.
         """
         image, words = _open_remembered(picture, prompt)
-        return self.generate(words, image=image, margins=(left, right, top, bottom), **settings)
+        return self._generate(words, settings, image=image, margins=(left, right, top, bottom))
+
+    def _generate(self, prompt: str, settings: dict[str, Any], **own: Any) -> Result:
+        """Make pictures with the settings asked for and those that the word stands for, which nobody else may give."""
+        if double := sorted(own.keys() & settings.keys()):
+            raise RequestError(f"leave out {' and '.join(double)}: that follows from the picture")
+        return self.generate(prompt, **own, **settings)
 
 
 def _open_remembered(picture: "Picture | Image | str | Path", prompt: str | None) -> tuple["Image", str]:

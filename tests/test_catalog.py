@@ -71,6 +71,10 @@ def test_every_picture_of_the_auto_pipeline_has_a_family():
     assert without == {"HeliosPipeline", "HeliosPyramidPipeline"}  # of films
 
 
+def test_a_class_that_needs_more_than_a_request_holds_is_no_family():
+    assert family_of_class("StableDiffusionAttendAndExcitePipeline") is None  # token_indices
+
+
 def test_the_readme_names_every_family_that_is_tested():
     table = (Path(__file__).parent.parent / "README.md").read_text().split("## Families")[1].split("\n## ")[0]
     assert [name for name in {**DEEP, **SMOKE} if f"`{name}`" not in table] == []

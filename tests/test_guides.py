@@ -136,6 +136,9 @@ def test_style_is_stock_and_gone_when_removed(name, folder_of, edges, tmp_path):
     assert_identical(result.images[0], stock("a sun", ip_adapter_image=edges, **words).images[0])
     assert not np.array_equal(np.asarray(result.images[0]), np.asarray(before))
     assert result.pictures[0].receipt.model["style"]["name"] == "style.safetensors"
+    first, other = (model.stream("a sun", style_image=edges, style_weight=weight, **settings) for weight in (0.6, 1.5))
+    assert_identical(list(first)[-1].result.images[0], result.images[0])  # the second was begun later, and is run later
+    assert not np.array_equal(np.asarray(list(other)[-1].result.images[0]), np.asarray(result.images[0]))
     with pytest.raises(imagegen.RequestError, match="has a style loaded: pass style_image="):
         model("a sun", **settings)
     model.remove_style()

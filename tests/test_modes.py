@@ -132,6 +132,8 @@ def test_what_was_made_from_a_picture_replays(model_of, start, tmp_path, mode):
         ("sana", lambda m, start: m("a sun", image=start), "sana does text-to-image: it has no image-to-image"),
         ("pixart-sigma", lambda m, start: m.outpaint(start, left=64), "pixart-sigma does text-to-image: it has no outpainting"),
         ("sd1.5", lambda m, start: m.outpaint(start), "margins are all 0"),
+        ("sd1.5", lambda m, start: m.upscale(start, width=64), "leave out width: that follows from the picture"),
+        ("sd1.5", lambda m, start: m.vary(start, image=start), "leave out image: that follows"),
         ("sd1.5", lambda m, start: m.outpaint(start, left=5), "give left and right 0 or 8 together"),
         ("sd1.5", lambda m, start: m.outpaint(start, left=-8), "margins must be from 0"),
         ("sd1.5", lambda m, start: m.outpaint(start, left=8, width=64), "follows from the picture and its margins, 72"),

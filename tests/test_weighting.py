@@ -30,7 +30,9 @@ def test_a_prompt_is_read_as_pieces_with_weights(prompt, pieces):
     assert Weighed(prompt) == "".join(text for text, _ in pieces)
 
 
-@pytest.mark.parametrize("prompt", ["a red apple", "(old) [red] ((car))", "time 3:3) (", "(red:) apple", r"\(red:1.3\)", "[red:0.5]", ""])
+@pytest.mark.parametrize(
+    "prompt", ["a red apple", "(old) [red] ((car))", "time 3:3) (", "(red:) apple", r"\(red:1.3\)", "[red:0.5]", ""]
+)
 def test_a_prompt_without_a_number_in_brackets_is_left_as_it_is(prompt):
     assert not has_weights(prompt)
     assert read_weights(prompt) == [(prompt, 1.0)]

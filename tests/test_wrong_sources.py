@@ -184,6 +184,10 @@ FOLDERS = {
         lambda f: edit(f / "model_index.json", **{"../up": ["diffusers", "AutoencoderKL"]}),
         "not opened",
     ),
+    "a part that is null": (
+        lambda f: edit(f / "model_index.json", text_encoder=[None, None]),
+        "it has no text_encoder, which a StableDiffusionPipeline needs",
+    ),
     "an entry of three": (lambda f: edit(f / "model_index.json", unet=["diffusers", "A", "B"]), "no library and class"),
     "an index that is a list": (lambda f: (f / "model_index.json").write_text("[1]"), "cannot be read"),
     "a configuration too deep": (lambda f: (f / "unet/config.json").write_text("[" * 10**5), "cannot be loaded"),

@@ -36,6 +36,7 @@ __all__ = [  # what a model needs of this folder
 ]
 
 MODES_OF = {"Inpaint": ("inpainting", "outpainting"), "Img2Img": ("image-to-image",)}  # by what is in the class's name
+GIVEN = ("self", "prompt", "image", "mask_image", "strength", "args", "kwargs")  # parameters that a request always fills
 DENOISERS = ("transformer", "unet", "decoder")  # what pipelines call the module that they run at every step
 
 
@@ -68,6 +69,8 @@ def family_of_class(class_name: str) -> Family | None:
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         return None
     known = {name: parameter.default for name, parameter in inspect.signature(kind.__call__).parameters.items()}
+    if any(default is inspect.Parameter.empty for name, default in known.items() if name not in GIVEN):
+        return None  # it needs more than a request holds
     if "prompt" not in known or "num_inference_steps" not in known or "num_frames" in known or "generator" not in known:
         return None
     if "ControlNet" in class_name:
@@ -153,8 +156,6 @@ def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Te
         RequestError: `noise` has another shape than the latents, or the scheduler is unknown.
     """
     runner = _for_mode(pipeline, request, control)
-    if request.style_weight is not None:
-        runner.set_ip_adapter_scale(request.style_weight)
     runner.scheduler = make_scheduler(pipeline.scheduler, request.scheduler, methods_called(pipeline))
     limited = "original_inference_steps" in call_of(runner) and request.strength is not None
     check_steps(runner.scheduler, request.num_steps, request.strength or 1.0 if limited else 1.0)

@@ -88,8 +88,10 @@ def stored_in_file(source: Source) -> torch.dtype:
 
 
 def _check_whole(source: Source, pipeline: Any) -> None:
-    """Refuse a pipeline with tensors that no file gave a value."""
+    """Refuse a pipeline without a part that it needs, or with tensors that no file gave a value."""
     for name, component in pipeline.components.items():
+        if component is None and name not in pipeline._optional_components:
+            raise ModelError(f"{str(source.path)!r} cannot be loaded: it has no {name}, which a {type(pipeline).__name__} needs")
         if not isinstance(component, torch.nn.Module):
             continue
         component.eval()  # diffusers leaves a T5 from one file as for training: it would drop words at random

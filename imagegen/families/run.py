@@ -66,6 +66,8 @@ class Run:
             generator.manual_seed(generator.initial_seed())  # a second try, after an error, begins like the first
         request = self._request
         tell = None if on_step is None else self._told(on_step)
+        if request.style_weight is not None:  # a property of the denoiser, which other runs share
+            self._runner.set_ip_adapter_scale(request.style_weight)
         with watched(self._runner, tell) as more:
             images = self._runner(**self._settings, **more).images
         if request.margins is None or request.image is None:

@@ -39,23 +39,23 @@ def read_weights(prompt: str) -> list[tuple[str, float]]:
     """
     if not has_weights(prompt):
         return [(prompt, 1.0)]
-    marks = {}
+    marks: dict[tuple[int, int], float | None] = {}
     for opening, closing in _pairs(prompt):
         factor = float(closing["number"] or 1.1) if closing["closing"] == ")" else 1 / 1.1
         marks[opening.span()], marks[closing.span()] = factor, None
     pieces: list[tuple[str, float]] = []
     weights, read = [1.0], 0
-    for (start, end), factor in [*sorted(marks.items()), ((len(prompt), len(prompt)), None)]:
+    for (start, end), opened in [*sorted(marks.items()), ((len(prompt), len(prompt)), None)]:
         text, weight = ESCAPED.sub(r"\1", prompt[read:start]), round(weights[-1], 6)
         if pieces and (not text.strip() or pieces[-1][1] == weight):  # blanks alone hold no word to weigh
             pieces[-1] = (pieces[-1][0] + text, pieces[-1][1])
         elif text.strip():
             pieces.append((text, weight))
         read = end
-        if factor is None:
+        if opened is None:
             weights.pop()
         else:
-            weights.append(weights[-1] * factor)
+            weights.append(weights[-1] * opened)
     return pieces or [("", 1.0)]
 
 
