@@ -11,7 +11,7 @@ from imagegen.loader import load
 from imagegen.measure import versions
 from imagegen.model import Model
 from imagegen.receipt import Receipt, describe_request, open_picture, pixels_sha256
-from imagegen.request import PICTURES, ReceiptError, Request, build_request
+from imagegen.request import PICTURES, SETTINGS, ReceiptError, Request, build_request
 from imagegen.speed import EXACT, Plan
 
 if TYPE_CHECKING:
@@ -20,23 +20,6 @@ if TYPE_CHECKING:
 # The drift between fp32 runs that should be equal: over batch sizes and thread counts of one CPU.
 FLOOR_MAX_DIFFERENCE = 2  # of 255
 FLOOR_PSNR_DB = 50.0
-TAKEN_FROM_RECEIPT = (
-    "negative_prompt",
-    "seed",
-    "num_images",
-    "num_steps",
-    "guidance",
-    "width",
-    "height",
-    "scheduler",
-    "strength",
-    "margins",
-    "true_guidance",
-    "control_weight",
-    "style_weight",
-    "long_prompt",
-    "temperature",
-)
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,7 @@ def replay(
         raise ReceiptError(
             f"{str(picture)!r} was made with {wanted}: add just that to the model (add_lora, --lora), and replay again"
         )
-    settings = {name: recorded[name] for name in TAKEN_FROM_RECEIPT if recorded.get(name) is not None} | {"num_images": 1}
+    settings = {name: recorded[name] for name in SETTINGS if recorded.get(name) is not None} | {"num_images": 1}
     request = build_request(recorded["prompt"], used.family, settings | pictures)
     with used.plan_for_a_while(plan_of(receipt)):
         remade = used.generate(request.prompt, **(settings | {name: getattr(request, name) for name in PICTURES})).images[0]

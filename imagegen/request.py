@@ -7,7 +7,7 @@ import difflib
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,12 +110,9 @@ class Request:
         return {name: value for name, value in vars(self).items() if name not in PICTURES}
 
 
-KEYWORDS: tuple[str, ...] = (
-    *("seed", "num_images", "num_steps", "guidance", "negative_prompt", "width", "height", "scheduler"),
-    *("image", "strength", "mask", "margins", "true_guidance", "noise", "temperature"),
-    *("control", "control_weight", "style_image", "style_weight", "long_prompt"),
-)
 PICTURES = ("image", "mask", "control", "style_image")
+SETTINGS = tuple(field.name for field in fields(Request) if field.name not in ("prompt", *PICTURES))  # what a receipt holds
+KEYWORDS = (*SETTINGS, *PICTURES, "noise")
 SIDES = ("width", "height")
 # What other libraries call these.
 FOREIGN_NAMES = {

@@ -351,6 +351,12 @@ def test_generate_says_what_a_model_cannot_follow(loaded, capsys, given, says):
     assert_one_line(capsys, says)
 
 
+def test_a_fault_in_the_last_prompt_is_said_before_the_first_is_drawn(loaded, capsys):
+    assert cli.run(["generate", "a wall", " ", "--steps", "1"]) == 2
+    assert_one_line(capsys, "prompt")
+    assert not list(Path().glob("*.png"))
+
+
 def test_generate_with_another_family(folder_of):
     done = shell(
         "generate", "a cat", "--model", str(folder_of("flux")), "--size", "64x64", "--steps", "2", "--seed", "1", "--json"

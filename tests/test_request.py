@@ -63,7 +63,7 @@ def test_picture_i_has_seed_plus_i():
         ({"num_inference_steps": 20}, "it is num_steps here"),
         ({"guidance_scale": 4}, "it is guidance here"),
         ({"sede": 4}, "did you mean seed?"),
-        ({"zzz": 4}, "the settings are seed"),
+        ({"zzz": 4}, "the settings are negative_prompt, seed"),
     ],
 )
 def test_wrong_values_say_what_to_do(given, says):

@@ -9,6 +9,7 @@ from imagegen.catalog import CARDS, EMBEDDED, FAMILIES, card_of, embedded_folder
 from imagegen.cli.shell import CheckFailed, JsonOption, app, print_json, print_section, takes_source
 from imagegen.licences import licence_named
 from imagegen.request import ModelError
+from imagegen.startup import stopped_at_once
 
 SHOWN = (  # of a family
     "name", "pipeline", "size_px", "multiple_px", "min_px", "max_px", "num_steps", "guidance", "guided_by", "negative",
@@ -128,7 +129,7 @@ def doctor(
 
     from imagegen.measure import machine, versions
 
-    with warnings.catch_warnings():
+    with stopped_at_once(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch
 

@@ -32,8 +32,8 @@ from imagegen.cli.shell import (
     takes_source,
     warnings_as_lines,
 )
-from imagegen.request import RequestError
-from imagegen.startup import imports_for_one_picture
+from imagegen.request import RequestError, build_request
+from imagegen.startup import imports_for_one_picture, stopped_at_once
 
 if TYPE_CHECKING:
     from imagegen.model import Model
@@ -103,35 +103,36 @@ def generate(
     check_writable(out)
     with warnings_as_lines():
         quick = plan == "exact" and memory_gib is None and not lora
-        with imports_for_one_picture() if quick else contextlib.nullcontext():
+        with stopped_at_once(), imports_for_one_picture() if quick else contextlib.nullcontext():
             loaded = load_model(model, device, dtype, plan, where, memory_gib)
         add_loras(loaded, lora)
         add_guides(loaded, control_model, style, style_encoder)
+        settings: dict[str, Any] = {
+            "seed": seed,
+            "num_images": num,
+            "num_steps": steps,
+            "guidance": guidance,
+            "width": width,
+            "height": height,
+            "scheduler": scheduler,
+            "negative_prompt": negative,
+            "image": image,
+            "strength": strength,
+            "mask": mask,
+            "margins": grown,
+            "control": control,
+            "control_weight": control_weight,
+            "style_image": style_image,
+            "style_weight": style_weight,
+            "long_prompt": long_prompt or None,
+            "true_guidance": true_guidance,
+            "temperature": temperature,
+        }
+        for prompt in prompts:
+            build_request(prompt, loaded.family, settings)  # a fault in the last is said before the first is drawn
         written, elapsed_s = [], 0.0
         for prompt in prompts:
-            result = _follow(
-                loaded,
-                prompt,
-                seed=seed,
-                num_images=num,
-                num_steps=steps,
-                guidance=guidance,
-                width=width,
-                height=height,
-                scheduler=scheduler,
-                negative_prompt=negative,
-                image=image,
-                strength=strength,
-                mask=mask,
-                margins=grown,
-                control=control,
-                control_weight=control_weight,
-                style_image=style_image,
-                style_weight=style_weight,
-                long_prompt=long_prompt or None,
-                true_guidance=true_guidance,
-                temperature=temperature,
-            )
+            result = _follow(loaded, prompt, **settings)
             elapsed_s += result.elapsed_s
             for path, picture in zip(result.save(out), result.pictures, strict=True):
                 written.append((path, picture.receipt))
@@ -182,7 +183,8 @@ def replay(
         from imagegen.receipt import open_picture
 
         _, receipt = open_picture(picture)  # a file without a receipt is refused before any model is loaded
-        with contextlib.nullcontext() if receipt.plan.get("levers") or lora else imports_for_one_picture():
+        quick = not (receipt.plan.get("levers") or lora)
+        with stopped_at_once(), imports_for_one_picture() if quick else contextlib.nullcontext():
             loaded = load_model(receipt.model["source"], device, receipt.environment.get("dtype"), "exact", receipt.where())
         add_loras(loaded, lora)
         add_guides(loaded, control_model, style, style_encoder)

@@ -19,6 +19,7 @@ from imagegen.cli.shell import (
     print_json,
     takes_source,
 )
+from imagegen.startup import stopped_at_once
 
 if TYPE_CHECKING:
     from imagegen.finetune import Trained
@@ -73,8 +74,8 @@ def finetune(
 
     --json: {"weights", "num_steps", "loss", "notes": [...]}
     """
-    from imagegen.finetune.data import read_dataset
-
+    with stopped_at_once():
+        from imagegen.finetune.data import read_dataset
     checked = read_dataset(data)  # before the model is loaded
     check_writable(out)
     loaded = load_model(model, device, dtype, "exact", where)
