@@ -25,6 +25,7 @@ from build_data import default_work
 from captions import telling_tags
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from optimiser import Optimiser
 from pictures import Pictures
 from precision import fast_autocast
 from rich.progress import track
@@ -152,10 +153,7 @@ class Training:
         self.model = fresh.train().to(memory_format=torch.channels_last)
         self.model.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow backward pass on a CPU
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        decayed = [p for p in self.model.parameters() if p.ndim > 1]
-        plain = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+        self.optimiser = Optimiser(self.model)
         self.step = self.warmed_from = 0
         self.trained_s = 0.0
         if self.file.exists():
@@ -211,16 +209,13 @@ def train(
     started, first, sum_loss = time.monotonic(), training.step, 0.0
     saved_at = started
     while training.step < num_steps and not stop:
-        for group in training.optimiser.param_groups:
-            group["lr"] = learning_rate(training.step, training.warmed_from, num_steps)
         chance = torch.Generator().manual_seed(training.step)
         latents, words, silent = shards.draw(BATCH, chance)
         words[silent] = silence
         loss = loss_of(denoiser, latents, words, chance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
-        training.optimiser.step()
-        training.optimiser.zero_grad(set_to_none=True)
+        training.optimiser.step(learning_rate(training.step, training.warmed_from, num_steps))
         training.step += 1
         training.update_ema()
         sum_loss += loss.item()
