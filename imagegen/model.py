@@ -8,7 +8,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -284,15 +284,49 @@ class Model(Variations, Guides):
         Raises:
             RequestError: a setting is wrong.
         """
-        request, run = self._prepare(prompt, settings)
+        request = self._prepare(prompt, settings)
+        tell = (lambda steps: on_step(steps[0])) if on_step else None
+        return self.run_together([request], tell, settings.get("noise"))[0]
+
+    def check(self, prompt: str, **settings: Unpack[Settings]) -> Request:
+        """Return the request that `generate` would run: its defaults filled in, its seed drawn; nothing runs.
+
+        Raises:
+            RequestError: a setting is wrong.
+        """
+        said = {name: value for name, value in settings.items() if value is not None}
+        request = build_request(prompt, self.family, self._applied.default_settings(said) | said)
+        noise = settings.get("noise")
+        if noise is not None and not isinstance(noise, torch.Tensor):
+            raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
+        diffusion.check_scheduler(self.pipeline, request)
+        return request
+
+    def run_together(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[list[Step]], None] | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> list[Result]:
+        """Make the pictures of checked requests as one batch, in this thread.
+
+        Args:
+            requests: of `check`.
+            on_step: is told of every step, one `Step` for each request; what it raises ends the work.
+            noise: what a single request's `noise` was.
+
+        Raises:
+            RequestError: a request cannot run.
+        """
+        run = self._ready(requests[0], noise)
         started = time.perf_counter()
 
         def tell(state: diffusion.StepState) -> None:
             assert on_step is not None
-            on_step(self._step(state, request, time.perf_counter() - started))
+            on_step([self._step(state, requests[0], time.perf_counter() - started)])
 
         images = run(tell if on_step else None)
-        return self._result(request, images, time.perf_counter() - started, settings.get("noise") is not None)
+        return [self._result(requests[0], images, time.perf_counter() - started, noise is not None)]
 
     def stream(self, prompt: str, **settings: Unpack[Settings]) -> Generator[Step, None, None]:
         """Make pictures step by step; takes what `generate` takes.
@@ -303,8 +337,8 @@ class Model(Variations, Guides):
         Raises:
             RequestError: a setting is wrong; raised here, before anything runs.
         """
-        request, run = self._prepare(prompt, settings)
-        return self._read(request, diffusion.in_lock_step(run), given_noise=settings.get("noise") is not None)
+        request, noise = self._prepare(prompt, settings), settings.get("noise")
+        return self._read(request, diffusion.in_lock_step(self._ready(request, noise)), given_noise=noise is not None)
 
     def notice_about(self, prompt: str, name: str = "prompt") -> str | None:
         """Return what `generate` will warn of: a prompt's end that the text encoder will not read, weights it does not know."""
@@ -314,18 +348,17 @@ class Model(Variations, Guides):
         limit, cut = diffusion.cut_text(self.pipeline, prompt, self.family.chat)
         return f"the {name} is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
 
-    def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, Callable[[diffusion.OnStep | None], list[Any]]]:
+    def _prepare(self, prompt: str, settings: Settings) -> Request:
         """Check everything before anything runs; a prompt too long for the text encoder warns."""
-        said = {name: value for name, value in settings.items() if value is not None}
-        request = build_request(prompt, self.family, self._applied.default_settings(said) | said)
-        noise = settings.get("noise")
-        if noise is not None and not isinstance(noise, torch.Tensor):
-            raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
+        request = self.check(prompt, **settings)
         whole = reads_on(self.pipeline, self.family, request)
         for text, name in ((request.prompt, "prompt"), (request.negative_prompt, "negative prompt")):
             if text and not whole and (notice := self.notice_about(text, name)):
                 warnings.warn(notice, stacklevel=4)
-        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control))
+        return request
+
+    def _ready(self, request: Request, noise: torch.Tensor | None) -> Callable[[diffusion.OnStep | None], list[Any]]:
+        return self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control))
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:
         """Let the plan's levers follow a run, in whatever thread it is computed."""

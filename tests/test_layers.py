@@ -43,6 +43,7 @@ ORDER = [
     "tuner",
     "finetune",
     "bench",
+    "engine",
     "studio",
     "startup",
     "cli",

@@ -140,6 +140,15 @@ def with_class(kind: type, pipeline: Any, **more: Any) -> Any:
     return made
 
 
+def check_scheduler(pipeline: Any, request: Request) -> None:
+    """Refuse a scheduler that a model cannot run with.
+
+    Raises:
+        RequestError: it is unknown, or none for this kind of model.
+    """
+    make_scheduler(pipeline.scheduler, request.scheduler, methods_called(pipeline))
+
+
 def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Tensor | None = None, control: Any = None) -> Run:
     """Return the stock pipeline's run for a request.
 
