@@ -1,15 +1,16 @@
 """Engine: one queue in front of one model, for many people at once.
 
 Requests wait in a bounded queue and run in a thread of the engine's own, in the order they came; a reader who is
-slow, or has left, keeps nobody waiting. Knows nothing of pages, servers or pipelines.
+slow, or has left, keeps nobody waiting. Those that differ in words and seeds only join the first of them in one
+batch, since noise is per picture. Knows nothing of pages, servers or pipelines.
 """
 
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 
@@ -18,9 +19,20 @@ from imagegen.request import Error, Request, RequestError
 from imagegen.result import Result
 from imagegen.variations import Settings
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 
 class Busy(Error):
     """Too many requests wait already: try again later."""
+
+
+class Refused(Error):
+    """The safety check refused a picture: it is shown to nobody."""
+
+
+# Tells a prompt and its finished picture (RGB) apart: why it may not be shown, or None where it may.
+Safety = Callable[[str, "Image"], str | None]
 
 
 @dataclass(frozen=True)
@@ -104,9 +116,10 @@ class Engine:
         model: the model; whoever uses it otherwise than through the engine does so inside `alone`.
         max_waiting: how many may wait.
         max_batch: how many pictures are made at once where requests join; a single request may ask for more.
+        safety: looks at every finished picture before anybody sees it; previews are grey then.
     """
 
-    def __init__(self, model: Model, *, max_waiting: int = 32, max_batch: int = 8) -> None:
+    def __init__(self, model: Model, *, max_waiting: int = 32, max_batch: int = 8, safety: Safety | None = None) -> None:
         """Put a queue in front of a model.
 
         Raises:
@@ -114,7 +127,7 @@ class Engine:
         """
         if max_waiting < 1 or max_batch < 1:
             raise RequestError(f"max_waiting and max_batch are from 1, got {max_waiting} and {max_batch}")
-        self.model, self.max_waiting, self.max_batch = model, max_waiting, max_batch
+        self.model, self.max_waiting, self.max_batch, self.safety = model, max_waiting, max_batch, safety
         self._queue: list[_Job] = []
         self._running: list[_Job] = []
         self._changed = threading.Condition()
@@ -136,7 +149,8 @@ class Engine:
         """Make pictures step by step when it is their turn; takes what `Model.generate` takes.
 
         Returns:
-            An iterator: `Waiting` while it waits, then a `Step` after every step, the last with `.result`.
+            An iterator: `Waiting` while it waits, then a `Step` after every step, the last with `.result`. Where
+            another request of its batch fails, the steps begin anew.
 
         Raises:
             RequestError: a setting is wrong.
@@ -224,16 +238,41 @@ class Engine:
                 self._run(jobs)
 
     def _take(self) -> list[_Job]:
-        """Take what runs next off the queue, and tell the others where they are now."""
-        self._queue = [job for job in self._queue if not job.left.is_set()]
-        self._running = self._queue[:1]
-        self._queue = self._queue[1:]
+        """Take what runs next off the queue, the first and those that join it, and tell the others where they are now."""
+        waiting = [job for job in self._queue if not job.left.is_set()]
+        self._running = waiting[:1]
+        shared = self._shared_by(waiting[0]) if waiting else None
+        if shared is not None:
+            room = self.max_batch - _pictures(waiting[0])
+            for job in waiting[1:]:
+                if _pictures(job) <= room and self._shared_by(job) == shared:
+                    self._running.append(job)
+                    room -= _pictures(job)
+        self._queue = [job for job in waiting if job not in self._running]
         for position, job in enumerate(self._queue):
             job.told.put(Waiting(position))
         return self._running
 
+    def _shared_by(self, job: _Job) -> Hashable | None:
+        """Return what a job's batch has in common; None where it runs alone."""
+        return self.model.joined_by(job.request) if job.request is not None and job.noise is None else None
+
     def _run(self, jobs: list[_Job]) -> None:
-        """Make the pictures of some jobs together; what goes wrong is told to each."""
+        """Make the pictures of some jobs together. Where that fails each is made alone: the fault is one's own."""
+        try:
+            self._make(jobs)
+        except _AllLeft:
+            for job in jobs:
+                job.told.put(Error("the engine was closed before the pictures were made"))
+        except BaseException as error:  # handed to the reader
+            if len(jobs) == 1:
+                jobs[0].told.put(error)
+                return
+            for job in jobs:
+                if not job.left.is_set():
+                    self._run([job])
+
+    def _make(self, jobs: list[_Job]) -> None:
         held: list[Step] = []
 
         def tell(steps: list[Step]) -> None:
@@ -242,16 +281,27 @@ class Engine:
                 raise _AllLeft
             for job, step in zip(jobs, held, strict=False):
                 job.told.put(step)
-            held = steps
+            held = steps if self.safety is None else [step.without_preview() for step in steps]
 
+        requests = [job.request for job in jobs if job.request is not None]
+        results = self.model.run_together(requests, tell, jobs[0].noise)
+        for job, step, result in zip(jobs, held, results, strict=True):
+            refused = self._look_at(result)
+            job.told.put(refused or replace(step, elapsed_s=result.elapsed_s, result=result))
+
+    def _look_at(self, result: Result) -> Error | None:
+        """Return why a result may not be shown. A check that fails has allowed nothing."""
+        if self.safety is None:
+            return None
         try:
-            requests = [job.request for job in jobs if job.request is not None]
-            results = self.model.run_together(requests, tell, jobs[0].noise)
-            for job, step, result in zip(jobs, held, results, strict=True):
-                job.told.put(replace(step, elapsed_s=result.elapsed_s, result=result))
-        except _AllLeft:
-            for job in jobs:
-                job.told.put(Error("the engine was closed before the pictures were made"))
-        except BaseException as error:  # handed to the readers
-            for job in jobs:
-                job.told.put(error)
+            for picture in result.pictures:
+                reason = self.safety(picture.receipt.request["prompt"], picture.image)
+                if reason is not None:
+                    return Refused(f"the picture was refused: {reason}")
+        except Exception as error:
+            return Refused(f"the safety check itself failed ({type(error).__name__}): nothing is shown")
+        return None
+
+
+def _pictures(job: _Job) -> int:
+    return job.request.num_images if job.request is not None else 1

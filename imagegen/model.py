@@ -6,9 +6,10 @@ the steps to a reader, who may stop. Knows nothing of diffusers.
 
 import contextlib
 import gc
+import itertools
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,8 +64,16 @@ class Step:
         """Return picture `index` as far as it is known now: RGB, the size of the finished picture."""
         if self.result is not None:
             return self.result.images[index]
-        assert self._model is not None and self._original is not None
+        if self._original is None:
+            from PIL import Image
+
+            return Image.new("RGB", self._size, (128, 128, 128))
+        assert self._model is not None
         return diffusion.decode_preview(self._model.pipeline, self._original[index], self._size)
+
+    def without_preview(self) -> "Step":
+        """Return the same step, of which nothing can be seen: its previews are grey, its latents zero."""
+        return replace(self, latents=torch.zeros_like(self.latents), _original=None)
 
 
 class Model(Variations, Guides):
@@ -302,6 +311,19 @@ class Model(Variations, Guides):
         diffusion.check_scheduler(self.pipeline, request)
         return request
 
+    def joined_by(self, request: Request) -> Hashable | None:
+        """Return what requests of one batch have in common; None for one that runs alone.
+
+        From text alone, and under levers that treat every picture by itself, they may differ in prompt, negative
+        prompt, seed and number of pictures: noise is per picture.
+        """
+        others = (request.control, request.style_image, request.temperature)
+        plain = request.mode == "text-to-image" and not request.long_prompt and all(other is None for other in others)
+        weighed = has_weights(request.prompt) or has_weights(request.negative_prompt)
+        if not plain or weighed or not self.family.joins or not all(lever.per_picture for lever in self._applied.levers):
+            return None
+        return replace(request, prompt="", negative_prompt="any" if request.negative_prompt else "", seed=0, num_images=1)
+
     def run_together(
         self,
         requests: Sequence[Request],
@@ -311,22 +333,30 @@ class Model(Variations, Guides):
         """Make the pictures of checked requests as one batch, in this thread.
 
         Args:
-            requests: of `check`.
+            requests: of `check`; several are equal in `joined_by`.
             on_step: is told of every step, one `Step` for each request; what it raises ends the work.
             noise: what a single request's `noise` was.
 
         Raises:
             RequestError: a request cannot run.
         """
-        run = self._ready(requests[0], noise)
+        run = self._ready(requests[0], noise, requests[1:])
+        ends = list(itertools.accumulate(request.num_images for request in requests))
+        rows = [slice(end - request.num_images, end) for request, end in zip(requests, ends, strict=True)]
         started = time.perf_counter()
 
         def tell(state: diffusion.StepState) -> None:
             assert on_step is not None
-            on_step([self._step(state, requests[0], time.perf_counter() - started)])
+            elapsed_s = time.perf_counter() - started
+            parts = (replace(state, latents=state.latents[own], original=state.original[own]) for own in rows)
+            on_step([self._step(part, request, elapsed_s) for part, request in zip(parts, requests, strict=True)])
 
         images = run(tell if on_step else None)
-        return [self._result(requests[0], images, time.perf_counter() - started, noise is not None)]
+        elapsed_s = time.perf_counter() - started
+        return [
+            self._result(*pair, elapsed_s, noise is not None)
+            for pair in zip(requests, (images[own] for own in rows), strict=True)
+        ]
 
     def stream(self, prompt: str, **settings: Unpack[Settings]) -> Generator[Step, None, None]:
         """Make pictures step by step; takes what `generate` takes.
@@ -357,8 +387,11 @@ class Model(Variations, Guides):
                 warnings.warn(notice, stacklevel=4)
         return request
 
-    def _ready(self, request: Request, noise: torch.Tensor | None) -> Callable[[diffusion.OnStep | None], list[Any]]:
-        return self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control))
+    def _ready(
+        self, request: Request, noise: torch.Tensor | None, beside: Sequence[Request] = ()
+    ) -> Callable[[diffusion.OnStep | None], list[Any]]:
+        run = diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control, beside)
+        return self._with_plan(request, run)
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:
         """Let the plan's levers follow a run, in whatever thread it is computed."""

@@ -4,8 +4,10 @@ import gc
 import threading
 
 import pytest
+import torch
 
 import imagegen
+from imagegen import fidelity
 from imagegen.engine import Busy, Engine, Waiting
 from imagegen.model import Step
 
@@ -25,7 +27,8 @@ def steps_run(model, monkeypatch):
     def counted(requests, on_step=None, noise=None):
         def tell(steps):
             seen.append([request.prompt for request in requests])
-            on_step(steps)
+            if on_step is not None:
+                on_step(steps)
 
         return run(requests, tell, noise)
 
@@ -110,11 +113,14 @@ def test_a_fault_is_its_own(engine, model, monkeypatch):
 
     monkeypatch.setattr(model, "run_together", faulty)
     with engine.alone():
-        broken, whole = engine.stream("a broken one", num_steps=1), engine.stream("a red apple", num_steps=1)
+        prompts = ("a red apple", "a broken one", "a blue heart")  # one batch
+        before, broken, whole = (engine.stream(prompt, num_steps=1) for prompt in prompts)
     with pytest.raises(RuntimeError, match="broken"):
         finish(broken)
     assert finish(broken) == []
-    assert finish(whole)[-1].result.images
+    for stream, prompt in ((before, "a red apple"), (whole, "a blue heart")):
+        (picture,) = finish(stream)[-1].result.pictures
+        assert picture.receipt.request["prompt"] == prompt
 
 
 def test_the_model_to_oneself(engine, model):
@@ -139,6 +145,128 @@ def test_the_model_to_oneself(engine, model):
     with pytest.raises(KeyError), engine.alone():
         raise KeyError
     engine.generate("a red apple", num_steps=1)
+
+
+def queued(engine, *asked, **common):
+    """Let requests wait until all are there, run them, and return the states of each."""
+    with engine.alone():
+        streams = [engine.stream(prompt, **common, **settings) for prompt, settings in asked]
+    return [finish(stream) for stream in streams]
+
+
+def test_requests_that_differ_in_words_and_seeds_are_one_batch(engine, model, steps_run):
+    asked = [
+        ("a red apple", {"seed": 7}),
+        ("a blue heart", {"seed": 3, "num_images": 2}),
+        ("a smiling sun", {"seed": 5}),
+        ("a cat in a box", {"seed": 7, "width": 64}),  # another size
+    ]
+    made = queued(engine, *asked, num_steps=3)
+    assert steps_run == [["a red apple", "a blue heart", "a smiling sun"]] * 3 + [["a cat in a box"]] * 3
+    steps_run.clear()
+    for (prompt, settings), states in zip(asked, made, strict=True):
+        steps = [state for state in states if isinstance(state, Step)]
+        assert [step.index for step in steps] == [0, 1, 2]
+        assert len(steps[0].latents) == settings.get("num_images", 1)
+        alone = model.generate(prompt, num_steps=3, **settings)
+        for own, picture in zip(alone.pictures, steps[-1].result.pictures, strict=True):
+            assert fidelity.max_difference(own.image, picture.image) <= 1
+            assert fidelity.psnr_db(own.image, picture.image) >= 60
+            assert own.receipt.request == picture.receipt.request
+            assert own.receipt.plan == picture.receipt.plan
+
+
+def test_a_picture_of_a_batch_is_replayed(engine, tmp_path):
+    made = queued(engine, ("a red apple", {"seed": 7}), ("a blue heart", {"seed": 3}), num_steps=2)
+    for states in made:
+        (path,) = states[-1].result.save(tmp_path)
+        assert imagegen.replay(path, model=engine.model).same
+
+
+def test_negative_prompts_join_and_are_each_their_own(engine, model, steps_run):
+    asked = [("a red apple", {"seed": 1, "negative_prompt": "green"}), ("a sun", {"seed": 2, "negative_prompt": "a face"})]
+    made = queued(engine, *asked, ("a moon", {"seed": 3}), num_steps=2)
+    assert steps_run[:3:2] == [["a red apple", "a sun"], ["a moon"]]
+    for (prompt, settings), states in zip(asked, made, strict=False):
+        alone = model.generate(prompt, num_steps=2, **settings).images[0]
+        assert fidelity.psnr_db(alone, states[-1].result.images[0]) >= 60
+
+
+def test_a_batch_holds_so_many_pictures(model, steps_run):
+    with Engine(model, max_batch=3) as engine:
+        queued(engine, *[(name, {"num_images": count}) for name, count in zip("abcd", (1, 4, 2, 1), strict=True)], num_steps=1)
+    assert steps_run == [["a", "c"], ["b"], ["d"]]
+
+
+def test_what_cannot_join_runs_alone(engine, model, steps_run):
+    picture = model.generate("a red apple", num_steps=1).images[0]
+    steps_run.clear()
+    noise = torch.zeros(1, 4, 16, 16)
+    asked = [("a", {"image": picture, "strength": 0.5}), ("b", {"noise": noise}), ("c", {}), ("d", {})]
+    queued(engine, *asked, num_steps=2)
+    assert [steps for number, steps in enumerate(steps_run) if steps not in steps_run[:number]] == [["a"], ["b"], ["c", "d"]]
+    request = model.check("a (red:1.3) apple")
+    assert model.joined_by(request) is None
+    with model.plan_for_a_while("channels-last"):
+        assert model.joined_by(model.check("a red apple")) is None
+    assert model.joined_by(model.check("a red apple")) is not None
+
+
+JOINING = [
+    "prompt-cache",
+    "decode-slicing",
+    "step-cache(interval=2)",
+    "deep-cache",
+    "guidance-cache",
+    "guidance-interval",
+    "threads(count=1)",
+]
+
+
+@pytest.mark.parametrize("plan", JOINING)
+def test_levers_that_join_treat_every_picture_by_itself(model, plan):
+    with model.plan_for_a_while(plan):
+        requests = [model.check(prompt, seed=seed, num_steps=8) for prompt, seed in (("a red apple", 7), ("a blue heart", 3))]
+        assert model.joined_by(requests[0]) == model.joined_by(requests[1]) is not None
+        together = model.run_together(requests)
+        for request, result in zip(requests, together, strict=True):
+            (alone,) = model.run_together([request])
+            assert fidelity.psnr_db(alone.images[0], result.images[0]) >= 60
+
+
+@pytest.mark.parametrize("name", ["sd1.5", "sdxl", "sd3", "flux", "pixart-sigma", "sana"])
+def test_families_that_join(name, model_of):
+    model = model_of(name)
+    asked = (("a red apple", 1), ("x", 50), ("many more words than the others have", 9))
+    requests = [model.check(prompt, seed=seed, num_steps=2) for prompt, seed in asked]
+    assert len({model.joined_by(request) for request in requests} - {None}) == 1
+    for request, together in zip(requests, model.run_together(requests), strict=True):
+        (alone,) = model.run_together([request])
+        assert fidelity.psnr_db(alone.images[0], together.images[0]) >= 60
+
+
+def test_families_whose_prompts_are_padded_to_the_longest_run_alone(model_of):
+    model = model_of("cogview4")
+    assert model.joined_by(model.check("a red apple")) is None
+
+
+def test_who_leaves_a_batch_leaves_the_others_running(engine, model, steps_run):
+    with engine.alone():
+        leaving, staying = (engine.stream(prompt, seed=7, num_steps=4) for prompt in ("a blue heart", "a red apple"))
+    next(state for state in leaving if isinstance(state, Step))
+    leaving.close()
+    made = finish(staying)[-1].result.images[0]
+    assert len(steps_run) == 4
+    assert fidelity.psnr_db(made, model.generate("a red apple", seed=7, num_steps=4).images[0]) >= 60
+    with engine.alone():
+        both = [engine.stream(prompt, num_steps=500) for prompt in ("a blue heart", "a red apple")]
+    for stream in both:
+        next(state for state in stream if isinstance(state, Step))
+    for stream in both:
+        stream.close()
+    made = len(steps_run)
+    engine.generate("a red apple", num_steps=1)
+    assert len(steps_run) <= made + 2
 
 
 def test_closing_tells_everybody(model):

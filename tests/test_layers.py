@@ -45,6 +45,7 @@ ORDER = [
     "bench",
     "engine",
     "studio",
+    "server",
     "startup",
     "cli",
     "__main__",
