@@ -220,7 +220,8 @@ def test_what_is_no_usable_picture_is_a_400(client, model):
         with pytest.raises(openai.BadRequestError, match=says):
             client.images.edit(prompt="a worm", extra_body={"num_steps": 1}, **given)
     with pytest.raises(openai.BadRequestError, match="image must be sent as a file"):
-        client.post("/images/edits", cast_to=object, files={"other": b"x"}, body={"prompt": "a worm"})
+        form = {"headers": {"Content-Type": "multipart/form-data"}}
+        client.post("/images/edits", cast_to=object, files={"other": b"x"}, body={"prompt": "a worm"}, options=form)
 
 
 def test_a_picture_is_sent_as_it_becomes(client, model):

@@ -22,7 +22,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from readme_speed import describe_denoiser, measure_janusflow, measure_tiers, measure_training, measure_tuning, table
+from readme_speed import (
+    describe_denoiser,
+    measure_crowd,
+    measure_janusflow,
+    measure_tiers,
+    measure_training,
+    measure_tuning,
+    table,
+)
 from rich.progress import track
 
 import imagegen
@@ -244,6 +252,7 @@ PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {
     "denoiser": lambda model, readme, card: fill(readme, "denoiser", describe_denoiser(cache_folder() / "bench-readme")),
     "training": lambda model, readme, card: fill(readme, "training", measure_training()),
     "janusflow": lambda model, readme, card: fill(readme, "janusflow", measure_janusflow()),
+    "crowd": lambda model, readme, card: fill(readme, "crowd", measure_crowd()),
     "model": write_model,
 }
 
