@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from imagegen import fidelity
+from imagegen.engine import Engine
 from imagegen.families.diffusion import stock_runner
 from imagegen.model import Model
 from imagegen.receipt import open_picture, read_receipt
@@ -346,13 +347,14 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
     )  # fmt: skip
 
 
-def build(model: Model, output_dir: str | Path) -> "gr.Blocks":
+def build(engine: Engine | Model, output_dir: str | Path) -> "gr.Blocks":
     """Lay out the page for a model and make it work; pictures go to `output_dir`. `server.launch` serves it.
 
     Raises:
         Error: Gradio is missing, or the folder cannot be made.
     """
     gr = import_gradio()
+    model = engine.model if isinstance(engine, Engine) else engine
     folder = Path(output_dir).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)

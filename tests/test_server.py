@@ -339,7 +339,7 @@ def test_its_own_origin_may_ask(served):
 
 
 def test_a_large_body_is_refused_before_it_is_read(served):
-    for path, length in (("/v1/images/edits", 33 * MIB), ("/v1/images/generations", 10**15), ("/gradio_api/upload", 513 * MIB)):
+    for path, length in (("/v1/images/edits", 33 * MIB), ("/v1/images/generations", 1 + MIB), ("/gradio_api/upload", 513 * MIB)):
         connection = http.client.HTTPConnection("127.0.0.1", served.port)
         connection.putrequest("POST", path)
         connection.putheader("Content-Length", str(length))
@@ -365,7 +365,7 @@ def test_a_large_body_of_unknown_length_is_cut_off(served):
     with contextlib.suppress(OSError, http.client.HTTPException):
         assert connection.getresponse().status == 413
     connection.close()
-    assert sent < 100 * MIB
+    assert sent < 50 * MIB
     assert ask(served, "GET", "/healthz")[0] == 200
 
 

@@ -21,6 +21,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 COOKIE = "imagegen"
 UPLOADS = "/gradio_api/upload"  # where the page's files go; Gradio limits each of them
+EDITS = "/v1/images/edits"
 OPEN = ("/healthz",)  # needs no token
 MIB = 2**20
 FORM_BYTES = 4096
@@ -41,7 +42,7 @@ class Rules:
         hosts: the names by which the server may be asked.
         addresses: whether any numeric address will do as well; a page elsewhere can rebind names only.
         token: what everybody must know, or None.
-        body_mib: largest body of a request.
+        body_mib: largest body of a request; of a program's that sends no picture, 1.
         upload_mib: largest body of an upload to the page, all its files together.
     """
 
@@ -100,7 +101,9 @@ class Guard:
         await self._hand_on(scope, receive, send, limit)
 
     def _limit(self, path: str) -> int:
-        return (self.rules.upload_mib if path == UPLOADS else self.rules.body_mib) * MIB
+        if path == UPLOADS:
+            return self.rules.upload_mib * MIB
+        return (1 if path.startswith("/v1/") and path != EDITS else self.rules.body_mib) * MIB
 
     def _is_known(self, headers: dict[str, str]) -> bool:
         kind, _, key = headers.get("authorization", "").partition(" ")

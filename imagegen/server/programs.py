@@ -185,9 +185,12 @@ class Programs:
                 await asyncio.wait({work}, timeout=0.25)
                 if not work.done() and await http.is_disconnected():
                     return Response(status_code=GONE)
-            result, files = work.result()
+            finished = work.result()
         finally:
             stream.close()
+        if finished is None:
+            return Response(status_code=GONE)
+        result, files = finished
         seeds = [picture.receipt.request["seed"] for picture in result.pictures]
         data = [{"b64_json": _text(file), "seed": seed} for file, seed in zip(files, seeds, strict=True)]
         return JSONResponse({"created": int(time.time()), "data": data, **_facts(result)})
@@ -196,11 +199,12 @@ class Programs:
         """Do what takes a while without keeping the others waiting."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
-    def _finish(self, stream: Stream) -> tuple[Result, list[bytes]]:
+    def _finish(self, stream: Stream) -> tuple[Result, list[bytes]] | None:
+        """Wait for the pictures and return them with their files; None where the stream was closed."""
         for state in stream:
             if isinstance(state, Step) and state.result is not None:
                 return state.result, self._keep(state.result)
-        raise Error("the client left, or the server ends")
+        return None
 
     def _keep(self, result: Result) -> list[bytes]:
         """Save the pictures and return their files: what is sent is what is kept."""

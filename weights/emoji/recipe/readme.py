@@ -190,17 +190,17 @@ def photograph_demo(model: imagegen.Model) -> None:
     """Take the demo's picture: a finished picture beside its reference output in the Compare tab."""
     from playwright.sync_api import sync_playwright
 
-    from imagegen import studio
+    from imagegen import server
 
     browser_path = shutil.which("chromium")
     if browser_path is None:
         raise SystemExit("the demo's screenshot needs Chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as out:
-        demo = studio.launch(model, port=0, output_dir=Path(out), prevent_thread_lock=True)
+        demo = server.launch(model, port=0, output_dir=Path(out), background=True)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.goto(demo.local_url)
+            page.goto(demo.url)
             page.get_by_label("Prompt", exact=True).fill("a red apple")
             page.get_by_label("Seed", exact=True).fill(str(SEED))
             page.get_by_role("button", name="Generate").click()

@@ -68,8 +68,12 @@ def measure_janusflow() -> str:
 
 
 def measure_crowd() -> str:
+    """Return the table of many clients at once, measured now."""
+    return describe_crowd(measure_stage("crowd"))
+
+
+def describe_crowd(found: dict) -> str:
     """Return the table of many clients at once, in batches and one at a time, and what became of memory and pictures."""
-    found = measure_stage("crowd")
     rows = []
     for way, said in (("batched", "in batches of up to 8"), ("single", "one at a time")):
         row = found[way]
