@@ -1,6 +1,6 @@
 """The demo: `python app.py`, then open the address that it prints."""
 
-from imagegen.studio import launch
+from imagegen.server import launch
 
 if __name__ == "__main__":
     launch()

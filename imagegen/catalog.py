@@ -48,6 +48,7 @@ class Family:
         chat: the text encoder reads the prompt inside its chat template.
         temperature: default temperature of models that draw one token after the other; None where nothing is so drawn.
         fixed: settings that nobody can change, and why, in words.
+        joins: its pipeline pads every prompt to one length, so that pictures of several prompts can be one batch.
         modes: what it can do; of a loaded model, what diffusers has a pipeline for.
         takes: what a loaded model was given besides: `control` (a ControlNet), `style` (an IP-Adapter).
         variants: what changes where an entry of the denoiser's or the pipeline's configuration has a value.
@@ -73,6 +74,7 @@ class Family:
     chat: bool = False
     temperature: float | None = None
     fixed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    joins: bool = False
     modes: tuple[str, ...] = PAINTING
     takes: tuple[str, ...] = ()
     variants: tuple[tuple[str, Any, dict[str, Any]], ...] = field(default=(), repr=False)
@@ -96,14 +98,17 @@ ROWS = {"num_steps": "it draws one row of codes in each step, and every picture 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("emoji", "StableDiffusionPipeline", 128, 8, 64, 512, 20, 4.0, scheduler="DPMSolverMultistepScheduler"),
-        Family("stable-diffusion", "StableDiffusionPipeline", 512, 8, 64, 2048, 30, 7.5, scheduler="PNDMScheduler"),
         Family(
-            "stable-diffusion-xl", "StableDiffusionXLPipeline", 1024, 8, 64, 2048, 30, 5.0, scheduler="EulerDiscreteScheduler"
+            "emoji", "StableDiffusionPipeline", 128, 8, 64, 512, 20, 4.0, scheduler="DPMSolverMultistepScheduler", joins=True
         ),
-        _large("stable-diffusion-3", "StableDiffusion3Pipeline", 28, 7.0),
+        Family("stable-diffusion", "StableDiffusionPipeline", 512, 8, 64, 2048, 30, 7.5, scheduler="PNDMScheduler", joins=True),
+        Family(
+            "stable-diffusion-xl", "StableDiffusionXLPipeline", 1024, 8, 64, 2048, 30, 5.0,
+            scheduler="EulerDiscreteScheduler", joins=True,
+        ),
+        _large("stable-diffusion-3", "StableDiffusion3Pipeline", 28, 7.0, joins=True),
         _large(
-            "flux.1", "FluxPipeline", 28, 3.5, guided_by=AN_INPUT, true_guidance=True,
+            "flux.1", "FluxPipeline", 28, 3.5, guided_by=AN_INPUT, true_guidance=True, joins=True,
             variants=(("guidance_embeds", False, UNGUIDED | {"num_steps": 4}),),
         ),
         _large(
@@ -118,15 +123,15 @@ FAMILIES = {
         ),
         _large(
             "pixart-sigma", "PixArtSigmaPipeline", 20, 4.5, scheduler="DPMSolverMultistepScheduler",
-            reference_dtype="float32", modes=TEXT_ONLY,
+            reference_dtype="float32", modes=TEXT_ONLY, joins=True,
         ),
         _large(
             "pixart-alpha", "PixArtAlphaPipeline", 20, 4.5, scheduler="DPMSolverMultistepScheduler",
-            reference_dtype="float32", modes=TEXT_ONLY,
+            reference_dtype="float32", modes=TEXT_ONLY, joins=True,
         ),
         _large(
             "sana", "SanaPipeline", 20, 4.5, 32, scheduler="DPMSolverMultistepScheduler", max_px=4096,
-            float32_state=True, modes=TEXT_ONLY,
+            float32_state=True, modes=TEXT_ONLY, joins=True,
         ),
         _large(
             "sana-sprint", "SanaSprintPipeline", 2, 4.5, 32, scheduler="SCMScheduler", guided_by=AN_INPUT, negative=False,

@@ -6,9 +6,10 @@ the steps to a reader, who may stop. Knows nothing of diffusers.
 
 import contextlib
 import gc
+import itertools
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,8 +64,16 @@ class Step:
         """Return picture `index` as far as it is known now: RGB, the size of the finished picture."""
         if self.result is not None:
             return self.result.images[index]
-        assert self._model is not None and self._original is not None
+        if self._original is None:
+            from PIL import Image
+
+            return Image.new("RGB", self._size, (128, 128, 128))
+        assert self._model is not None
         return diffusion.decode_preview(self._model.pipeline, self._original[index], self._size)
+
+    def without_preview(self) -> "Step":
+        """Return the same step, of which nothing can be seen: its previews are grey, its latents zero."""
+        return replace(self, latents=torch.zeros_like(self.latents), _original=None)
 
 
 class Model(Variations, Guides):
@@ -284,15 +293,70 @@ class Model(Variations, Guides):
         Raises:
             RequestError: a setting is wrong.
         """
-        request, run = self._prepare(prompt, settings)
+        request = self._prepare(prompt, settings)
+        tell = (lambda steps: on_step(steps[0])) if on_step else None
+        return self.run_together([request], tell, settings.get("noise"))[0]
+
+    def check(self, prompt: str, **settings: Unpack[Settings]) -> Request:
+        """Return the request that `generate` would run: its defaults filled in, its seed drawn; nothing runs.
+
+        Raises:
+            RequestError: a setting is wrong.
+        """
+        said = {name: value for name, value in settings.items() if value is not None}
+        request = build_request(prompt, self.family, self._applied.default_settings(said) | said)
+        noise = settings.get("noise")
+        if noise is not None and not isinstance(noise, torch.Tensor):
+            raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
+        diffusion.check_scheduler(self.pipeline, request)
+        return request
+
+    def joined_by(self, request: Request) -> Hashable | None:
+        """Return what requests of one batch have in common; None for one that runs alone.
+
+        From text alone, and under levers that treat every picture by itself, they may differ in prompt, negative
+        prompt, seed and number of pictures: noise is per picture.
+        """
+        others = (request.control, request.style_image, request.temperature)
+        plain = request.mode == "text-to-image" and not request.long_prompt and all(other is None for other in others)
+        weighed = has_weights(request.prompt) or has_weights(request.negative_prompt)
+        if not plain or weighed or not self.family.joins or not all(lever.per_picture for lever in self._applied.levers):
+            return None
+        return replace(request, prompt="", negative_prompt="any" if request.negative_prompt else "", seed=0, num_images=1)
+
+    def run_together(
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[list[Step]], None] | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> list[Result]:
+        """Make the pictures of checked requests as one batch, in this thread.
+
+        Args:
+            requests: of `check`; several are equal in `joined_by`.
+            on_step: is told of every step, one `Step` for each request; what it raises ends the work.
+            noise: what a single request's `noise` was.
+
+        Raises:
+            RequestError: a request cannot run.
+        """
+        run = self._ready(requests[0], noise, requests[1:])
+        ends = list(itertools.accumulate(request.num_images for request in requests))
+        rows = [slice(end - request.num_images, end) for request, end in zip(requests, ends, strict=True)]
         started = time.perf_counter()
 
         def tell(state: diffusion.StepState) -> None:
             assert on_step is not None
-            on_step(self._step(state, request, time.perf_counter() - started))
+            elapsed_s = time.perf_counter() - started
+            parts = (replace(state, latents=state.latents[own], original=state.original[own]) for own in rows)
+            on_step([self._step(part, request, elapsed_s) for part, request in zip(parts, requests, strict=True)])
 
         images = run(tell if on_step else None)
-        return self._result(request, images, time.perf_counter() - started, settings.get("noise") is not None)
+        elapsed_s = time.perf_counter() - started
+        return [
+            self._result(*pair, elapsed_s, noise is not None)
+            for pair in zip(requests, (images[own] for own in rows), strict=True)
+        ]
 
     def stream(self, prompt: str, **settings: Unpack[Settings]) -> Generator[Step, None, None]:
         """Make pictures step by step; takes what `generate` takes.
@@ -303,8 +367,8 @@ class Model(Variations, Guides):
         Raises:
             RequestError: a setting is wrong; raised here, before anything runs.
         """
-        request, run = self._prepare(prompt, settings)
-        return self._read(request, diffusion.in_lock_step(run), given_noise=settings.get("noise") is not None)
+        request, noise = self._prepare(prompt, settings), settings.get("noise")
+        return self._read(request, diffusion.in_lock_step(self._ready(request, noise)), given_noise=noise is not None)
 
     def notice_about(self, prompt: str, name: str = "prompt") -> str | None:
         """Return what `generate` will warn of: a prompt's end that the text encoder will not read, weights it does not know."""
@@ -314,18 +378,20 @@ class Model(Variations, Guides):
         limit, cut = diffusion.cut_text(self.pipeline, prompt, self.family.chat)
         return f"the {name} is longer than the {limit} tokens this model reads; left out: {cut!r}" if cut else None
 
-    def _prepare(self, prompt: str, settings: Settings) -> tuple[Request, Callable[[diffusion.OnStep | None], list[Any]]]:
+    def _prepare(self, prompt: str, settings: Settings) -> Request:
         """Check everything before anything runs; a prompt too long for the text encoder warns."""
-        said = {name: value for name, value in settings.items() if value is not None}
-        request = build_request(prompt, self.family, self._applied.default_settings(said) | said)
-        noise = settings.get("noise")
-        if noise is not None and not isinstance(noise, torch.Tensor):
-            raise RequestError(f"noise must be a torch tensor, got {type(noise).__name__}")
+        request = self.check(prompt, **settings)
         whole = reads_on(self.pipeline, self.family, request)
         for text, name in ((request.prompt, "prompt"), (request.negative_prompt, "negative prompt")):
             if text and not whole and (notice := self.notice_about(text, name)):
                 warnings.warn(notice, stacklevel=4)
-        return request, self._with_plan(request, diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control))
+        return request
+
+    def _ready(
+        self, request: Request, noise: torch.Tensor | None, beside: Sequence[Request] = ()
+    ) -> Callable[[diffusion.OnStep | None], list[Any]]:
+        run = diffusion.prepare_run(self.pipeline, request, self.family, noise, self.control, beside)
+        return self._with_plan(request, run)
 
     def _with_plan(self, request: Request, run: diffusion.Run) -> Callable[[diffusion.OnStep | None], list[Any]]:
         """Let the plan's levers follow a run, in whatever thread it is computed."""

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -25,9 +24,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from imagegen import fidelity
-from imagegen.catalog import EMBEDDED
+from imagegen.engine import Engine
 from imagegen.families.diffusion import stock_runner
-from imagegen.loader import load
 from imagegen.model import Model
 from imagegen.receipt import open_picture, read_receipt
 from imagegen.reference import FLOOR_MAX_DIFFERENCE, FLOOR_PSNR_DB, stock_request
@@ -349,20 +347,14 @@ def connect_compare(model: Model, runs: Runs, tab: SimpleNamespace) -> None:
     )  # fmt: skip
 
 
-def find_port(host: str) -> int:
-    """Return a port that is free on that address now; Gradio does not take 0 for one."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-        free.bind((host, 0))
-        return free.getsockname()[1]
-
-
-def build(model: Model, output_dir: str | Path) -> "gr.Blocks":
-    """Lay out the page for a model and make it work; pictures go to `output_dir`. `launch` serves it.
+def build(engine: Engine | Model, output_dir: str | Path) -> "gr.Blocks":
+    """Lay out the page for a model and make it work; pictures go to `output_dir`. `server.launch` serves it.
 
     Raises:
         Error: Gradio is missing, or the folder cannot be made.
     """
     gr = import_gradio()
+    model = engine.model if isinstance(engine, Engine) else engine
     folder = Path(output_dir).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -385,39 +377,10 @@ def build(model: Model, output_dir: str | Path) -> "gr.Blocks":
     return page
 
 
-def launch(
-    model: Model | str | Path | None = None, host: str = "127.0.0.1", port: int = 7860, output_dir: str | Path = "out",
-    prevent_thread_lock: bool = False,
-) -> "gr.Blocks":  # fmt: skip
-    """Serve the studio until it is interrupted.
-
-    Args:
-        model: a loaded model, or what `load` takes; by default the embedded one.
-        host: address to listen on; the default is reachable from this machine only.
-        port: port to listen on; 0 takes any free one.
-        output_dir: where the pictures go; the only folder of yours that is served.
-        prevent_thread_lock: return at once and serve in the background; `close()` what is returned.
-
-    Raises:
-        Error: Gradio is missing, the model cannot be loaded, or the folder or the port cannot be used.
-    """
+def look() -> dict[str, Any]:
+    """Return how the page looks, as what mounts it takes it."""
     gr = import_gradio()
-    page = build(model if isinstance(model, Model) else load(model or EMBEDDED), output_dir)
     hues = {"primary_hue": "indigo", "secondary_hue": "indigo", "neutral_hue": "slate"}
     theme = gr.themes.Default(**hues, font=["system-ui", "sans-serif"], font_mono=["monospace"])
     theme.set(body_text_color_subdued="*neutral_500")  # the default is too pale to read on white
-    settings = {"allowed_paths": [str(Path(output_dir).resolve())], "max_file_size": "20mb", "theme": theme}
-    settings |= {"css_paths": Path(__file__).with_suffix(".css")}
-    settings |= {"share": False, "ssr_mode": False, "pwa": False, "mcp_server": False, "enable_monitoring": False}
-    settings |= {"footer_links": [], "quiet": True, "prevent_thread_lock": True}
-    with contextlib.ExitStack() as stack:
-        if not prevent_thread_lock:  # Gradio may hand out what lies in the working directory: make that an empty one
-            stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
-        try:
-            page.queue(max_size=16).launch(server_name=host, server_port=port or find_port(host), **settings)
-        except OSError:
-            raise RequestError(f"cannot listen on {host}:{port}: it is taken, or not this machine's; choose another") from None
-        if not prevent_thread_lock:
-            print(f"imagegen studio: {page.local_url} (Ctrl-C ends it)", flush=True)
-            page.block_thread()
-    return page
+    return {"theme": theme, "css_paths": Path(__file__).with_suffix(".css")}

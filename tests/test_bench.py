@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from imagegen import PlanError, bench
-from imagegen.bench import denoiser, gpu, janusflow, pictures
+from imagegen.bench import crowd, denoiser, gpu, janusflow, pictures
 from imagegen.families.denoisers import ARCHITECTURES
 
 SCHEMA = json.loads((Path(bench.__file__).parent / "bench.schema.json").read_text())
@@ -51,6 +51,7 @@ def test_a_tiny_bench_completes_after_a_kill(tmp_path):
         "training",
         "kernels",
         "janusflow",
+        "crowd",
         *denoisers,
     ]
     assert not any("failed" in row for row in json.loads(done.stdout)["stages"])
@@ -131,6 +132,14 @@ def test_a_kept_prompt_gives_the_velocity_of_one_read_anew():
     found = janusflow.measure_janusflow("emoji", tiny=True, device="cpu")
     for row in found["rows"].values():
         assert 0 < row["error"] < 1e-4 and min(row["seconds"].values()) > 0 < row["ratio"]
+
+
+def test_a_crowd_sees_no_error_and_every_picture_is_the_one_made_alone():
+    found = crowd.measure_crowd("emoji", tiny=True, device="cpu")
+    assert found["batched"]["errors"] == found["single"]["errors"] == []
+    assert found["batched"]["finished"] == found["compared"] > 0
+    assert found["batched"]["left"] > 0
+    assert found["worst_psnr_db"] >= 60 and found["largest_difference"] <= 1
 
 
 def test_a_report_that_breaks_its_schema_is_found_out():

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 import threading
 import urllib.error
@@ -19,7 +18,7 @@ import pytest
 from PIL import Image
 
 import imagegen
-from imagegen import studio
+from imagegen import server, studio
 
 ARGUMENTS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 ARGUMENTS += " --disable-component-update --disable-sync"
@@ -40,12 +39,9 @@ def model():
 def served(model, tmp_path_factory):
     need(importlib.util.find_spec("gradio"), "gradio")
     folder = tmp_path_factory.mktemp("studio") / "pictures"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    blocks = studio.launch(model, port=port, output_dir=folder, prevent_thread_lock=True)
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, folder=folder, blocks=blocks)
-    blocks.close()
+    with server.launch(model, port=0, output_dir=folder, background=True) as running:
+        running.page.server = running.server
+        yield SimpleNamespace(url=running.url, port=running.port, folder=folder, blocks=running.page)
 
 
 @pytest.fixture(scope="module")

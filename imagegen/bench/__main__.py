@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imagegen.bench import denoiser, gpu, janusflow, pictures, training
+from imagegen.bench import crowd, denoiser, gpu, janusflow, pictures, training
 from imagegen.profile import finite
 from imagegen.request import Error
 
@@ -17,6 +17,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "kernels": gpu.measure_kernels,
     "denoiser": denoiser.measure_denoiser,
     "janusflow": janusflow.measure_janusflow,
+    "crowd": crowd.measure_crowd,
 }
 
 

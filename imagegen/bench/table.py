@@ -110,6 +110,20 @@ def _of_janusflow(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield _figure(name, f"{tokens} prompt tokens, {way}", spent, "s", note=note)
 
 
+def _of_crowd(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for way in ("batched", "single"):
+        found = row[way]
+        counts = f"{found.get('left', 0)} left, {found.get('busy', 0)} told busy, {len(found['errors'])} errors"
+        note = f"{row['clients']} clients, {counts}"
+        if way == "batched":
+            worst = row["worst_psnr_db"]  # None where all were equal
+            drift = "all pictures identical to" if worst is None else f"worst picture {worst:.1f} dB from"
+            note += f"; {row['ratio']:.2f} x one at a time; {drift} those made alone"
+        yield _figure(name, f"pictures a minute, {way}", found["per_minute"], "1/min", note=note)
+    for half, gib in zip(("first", "second"), row["memory_gib"], strict=True):
+        yield _figure(name, f"peak memory, {half} half", gib, "GiB")
+
+
 FIGURES = {
     "machine": _of_machine,
     "parts": _of_parts,
@@ -118,6 +132,7 @@ FIGURES = {
     "kernels": _of_kernels,
     "denoiser": _of_denoiser,
     "janusflow": _of_janusflow,
+    "crowd": _of_crowd,
 }
 
 

@@ -1,6 +1,7 @@
 """A request in a pipeline's own words: what each of diffusers' pipelines calls a setting is read off its signature."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,9 @@ def is_guided(request: Request, family: Family) -> bool:
     return (family.guided_by == TWO_PASSES and request.guidance > 1) or (request.true_guidance or 1.0) > 1
 
 
-def translate(runner: Any, request: Request, family: Family, noise: torch.Tensor | None = None) -> dict[str, Any]:
+def translate(
+    runner: Any, request: Request, family: Family, noise: torch.Tensor | None = None, beside: Sequence[Request] = ()
+) -> dict[str, Any]:
     """Return the arguments of a pipeline's call for a request.
 
     Args:
@@ -38,18 +41,22 @@ def translate(runner: Any, request: Request, family: Family, noise: torch.Tensor
         request: checked.
         family: the loaded model's.
         noise: (B, C, h, w) of unit variance to start from, or None to draw it from the seeds.
+        beside: others of its batch, from text alone, which differ in prompt, negative prompt, seed and number of pictures.
 
     Raises:
         RequestError: `noise` has another shape than the latents, or the mode takes none.
     """
-    known, count = call_of(runner), request.num_images
-    generators = make_generators(request.seed, count)
+    known, together = call_of(runner), (request, *beside)
+    count = sum(one.num_images for one in together)
+    generators = [generator for one in together for generator in make_generators(one.seed, one.num_images)]
     settings: dict[str, Any] = {
-        "prompt": [request.prompt] * count,
+        "prompt": [one.prompt for one in together for _ in range(one.num_images)],
         "num_inference_steps": request.num_steps,
         "generator": generators if count > 1 else generators[0],
     }
     settings |= _guidance(known, request, family)
+    if "negative_prompt" in settings:
+        settings["negative_prompt"] = [one.negative_prompt for one in together for _ in range(one.num_images)]
     settings |= _pictures(known, request)
     if request.temperature is not None:
         settings["temperature"] = request.temperature

@@ -7,7 +7,7 @@ work, so that the `exact` plan is the stock picture bit for bit.
 import copy
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -140,7 +140,23 @@ def with_class(kind: type, pipeline: Any, **more: Any) -> Any:
     return made
 
 
-def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Tensor | None = None, control: Any = None) -> Run:
+def check_scheduler(pipeline: Any, request: Request) -> None:
+    """Refuse a scheduler that a model cannot run with.
+
+    Raises:
+        RequestError: it is unknown, or none for this kind of model.
+    """
+    make_scheduler(pipeline.scheduler, request.scheduler, methods_called(pipeline))
+
+
+def prepare_run(
+    pipeline: Any,
+    request: Request,
+    family: Family,
+    noise: torch.Tensor | None = None,
+    control: Any = None,
+    beside: Sequence[Request] = (),
+) -> Run:
     """Return the stock pipeline's run for a request.
 
     Every run has a scheduler and a pipeline object of its own, so that two runs of one model never meet.
@@ -151,6 +167,7 @@ def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Te
         family: of the loaded model.
         noise: (B, C, h, w) of unit variance to start from, or None to draw it from the seeds.
         control: the ControlNet, where the request has a picture for it.
+        beside: others of its batch (see `translate`).
 
     Raises:
         RequestError: `noise` has another shape than the latents, or the scheduler is unknown.
@@ -166,7 +183,7 @@ def prepare_run(pipeline: Any, request: Request, family: Family, noise: torch.Te
             setattr(runner, name, own)
     if family.guided_by == TWO_PASSES and getattr(runner, "guider", None) is not None:
         runner.guider = runner.guider.new(guidance_scale=request.guidance)
-    settings = translate(runner, request, family, noise)
+    settings = translate(runner, request, family, noise, beside)
     draw_from(runner.scheduler, settings["generator"])
     return Run(runner, settings, request)
 

@@ -250,6 +250,7 @@ class Threads(Lever):
     count: int = 1
 
     name: ClassVar[str] = "threads"
+    per_picture: ClassVar[bool] = True
     stage: ClassVar[int] = 0
     exact: ClassVar[bool] = True  # the noise floor is measured over thread counts
 

@@ -134,6 +134,8 @@ class Lever(ABC):
         name: how plans name it.
         stage: levers apply in the order of their stages, whatever the order they are named in.
         exact: the pictures stay inside the noise floor by construction; others are measured.
+        per_picture: it treats every picture of a batch by itself, whatever the others are, and takes any number of them
+            without preparing anew: several people's requests may be one batch.
         conflicts: names of the levers that it cannot be combined with; to say it in one of two is enough.
         moves_weights: a run leaves the weights, unchanged, in another place.
         essential: a plan without it would be another plan: where it cannot engage, the plan is refused.
@@ -142,6 +144,7 @@ class Lever(ABC):
     name: ClassVar[str]
     stage: ClassVar[int] = 5
     exact: ClassVar[bool] = False
+    per_picture: ClassVar[bool] = False
     conflicts: ClassVar[frozenset[str]] = frozenset()
     moves_weights: ClassVar[bool] = False
     essential: ClassVar[bool] = False

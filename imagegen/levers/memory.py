@@ -28,6 +28,7 @@ class PromptCache(Lever):
     size: int = 64
 
     name: ClassVar[str] = "prompt-cache"
+    per_picture: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     def requires(self, target: Target) -> str | None:
@@ -64,6 +65,7 @@ class DecodeSlicing(Lever):
     """Decode a batch one picture at a time: less memory, about the same time."""
 
     name: ClassVar[str] = "decode-slicing"
+    per_picture: ClassVar[bool] = True
     exact: ClassVar[bool] = True
 
     def requires(self, target: Target) -> str | None:

@@ -102,6 +102,7 @@ class StepCache(Scheduled):
     """Skip the denoiser on some steps and continue its output from the steps before."""
 
     name: ClassVar[str] = "step-cache"
+    per_picture: ClassVar[bool] = True
     stage: ClassVar[int] = 8
     conflicts: ClassVar[frozenset[str]] = frozenset({"first-block-cache", "taylorseer-cache", "mag-cache", "sea-cache"})
 
@@ -141,6 +142,7 @@ class DeepCache(Scheduled):
     depth: int = 1
 
     name: ClassVar[str] = "deep-cache"
+    per_picture: ClassVar[bool] = True
     stage: ClassVar[int] = 6
     conflicts: ClassVar[frozenset[str]] = frozenset({"openvino", "compile"})
 
@@ -192,6 +194,7 @@ class GuidanceCache(Scheduled):
     warmup: int = 5
 
     name: ClassVar[str] = "guidance-cache"
+    per_picture: ClassVar[bool] = True
     stage: ClassVar[int] = 7
     conflicts: ClassVar[frozenset[str]] = frozenset({"guidance-interval"})
     guided = False
@@ -242,6 +245,7 @@ class GuidanceInterval(Lever):
     stop: float = 0.8
 
     name: ClassVar[str] = "guidance-interval"
+    per_picture: ClassVar[bool] = True
     stage: ClassVar[int] = 7
     conflicts: ClassVar[frozenset[str]] = frozenset({"guidance-cache"})
     guided = False
@@ -302,6 +306,7 @@ class FewerSteps(Lever):
     scheduler: str | None = None
 
     name: ClassVar[str] = "fewer-steps"
+    per_picture: ClassVar[bool] = True
     stage: ClassVar[int] = 0
 
     def requires(self, target: Target) -> str | None:

@@ -22,7 +22,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from readme_speed import describe_denoiser, measure_janusflow, measure_tiers, measure_training, measure_tuning, table
+from readme_speed import (
+    describe_denoiser,
+    measure_crowd,
+    measure_janusflow,
+    measure_tiers,
+    measure_training,
+    measure_tuning,
+    table,
+)
 from rich.progress import track
 
 import imagegen
@@ -182,17 +190,17 @@ def photograph_demo(model: imagegen.Model) -> None:
     """Take the demo's picture: a finished picture beside its reference output in the Compare tab."""
     from playwright.sync_api import sync_playwright
 
-    from imagegen import studio
+    from imagegen import server
 
     browser_path = shutil.which("chromium")
     if browser_path is None:
         raise SystemExit("the demo's screenshot needs Chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as out:
-        demo = studio.launch(model, port=0, output_dir=Path(out), prevent_thread_lock=True)
+        demo = server.launch(model, port=0, output_dir=Path(out), background=True)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
             page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.goto(demo.local_url)
+            page.goto(demo.url)
             page.get_by_label("Prompt", exact=True).fill("a red apple")
             page.get_by_label("Seed", exact=True).fill(str(SEED))
             page.get_by_role("button", name="Generate").click()
@@ -244,6 +252,7 @@ PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {
     "denoiser": lambda model, readme, card: fill(readme, "denoiser", describe_denoiser(cache_folder() / "bench-readme")),
     "training": lambda model, readme, card: fill(readme, "training", measure_training()),
     "janusflow": lambda model, readme, card: fill(readme, "janusflow", measure_janusflow()),
+    "crowd": lambda model, readme, card: fill(readme, "crowd", measure_crowd()),
     "model": write_model,
 }
 

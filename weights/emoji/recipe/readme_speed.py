@@ -67,6 +67,27 @@ def measure_janusflow() -> str:
     return table(head, rows)
 
 
+def measure_crowd() -> str:
+    """Return the table of many clients at once, measured now."""
+    return describe_crowd(measure_stage("crowd"))
+
+
+def describe_crowd(found: dict) -> str:
+    """Return the table of many clients at once, in batches and one at a time, and what became of memory and pictures."""
+    rows = []
+    for way, said in (("batched", "in batches of up to 8"), ("single", "one at a time")):
+        row = found[way]
+        counts = tuple(str(row.get(name, 0)) for name in ("finished", "left", "busy"))
+        rows.append((said, f"{row['per_minute']:.1f}", *counts, str(len(row["errors"]))))
+    first, second = found["memory_gib"]
+    said = (
+        f"**{found['ratio']:.2f} ×**; peak memory {first:.2f} GiB in the first minute, {second:.2f} GiB in the second; of "
+        f"{found['compared']} pictures made in batches the worst is {decibels(found['worst_psnr_db'])} from the one made alone."
+    )
+    head = (f"{found['clients']} clients", "pictures a minute", "finished", "left", "told busy", "errors")
+    return f"{said}\n\n{table(head, rows)}"
+
+
 def describe_profile(profile: Profile) -> str:
     """Return a sentence on a tuned profile and the table of its levers' blame."""
     evidence, speed = profile.evidence, profile.speed
