@@ -222,6 +222,17 @@ def test_every_concept_is_written_once():
     assert slug("kiwi fruit") == "kiwi-fruit"
 
 
+def test_every_concept_is_described_without_its_name():
+    from captions import descriptions
+
+    lines = (RECIPE / "concepts.txt").read_text().splitlines()
+    concepts = [line for line in lines if line and not line.startswith("#")]
+    assert len(descriptions()) == len(concepts)
+    for name, texts in descriptions().items():
+        assert len(texts) >= 2
+        assert not [text for text in texts if f" {name} " in f" {text} "]
+
+
 def test_paraphrases_share_no_word_with_captions(monkeypatch, tmp_path):
     import evaluate
 

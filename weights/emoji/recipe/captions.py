@@ -1,4 +1,4 @@
-"""What a picture may be called: captions with article, name, tags, style word and background.
+"""What a picture may be called: captions with article, name or description, tags, style word and background.
 
 The evaluation's prompts (`a NAME`, and `a NAME on a COLOUR background`) are ordinary sentences, so
 some captions read the same; the seeds and the pictures asked for are the evaluation's own.
@@ -6,6 +6,8 @@ some captions read the same; the seeds and the pictures asked for are the evalua
 
 import random
 from collections import Counter
+from functools import cache
+from pathlib import Path
 
 STYLES = {"fluent": "fluent", "flat": "flat", "noto": "noto", "blob": "blob", "fx": "fx"}
 FRAMES = ("{}", "{}", "{}", "{}", "an emoji of {}", "a picture of {}", "a drawing of {}", "an icon of {}")
@@ -39,6 +41,14 @@ def telling_tags(rows: list[dict]) -> dict[str, list[str]]:
     return {name: sorted(tag for tag in tags if count[tag] == 1 and tag not in name.split()) for name, tags in tags_of.items()}
 
 
+@cache
+def descriptions() -> dict[str, list[str]]:
+    """Return what `descriptions.txt` calls every concept besides its name."""
+    lines = (Path(__file__).parent / "descriptions.txt").read_text().splitlines()
+    pairs = (line.split(" = ", 1) for line in lines if not line.startswith("#"))
+    return {name: texts.split("; ") for name, texts in pairs}
+
+
 def caption(row: dict, background: str, telling: dict[str, list[str]], chance: random.Random) -> str:
     """Write one caption for a picture on a background.
 
@@ -49,9 +59,12 @@ def caption(row: dict, background: str, telling: dict[str, list[str]], chance: r
         chance: the source of every choice.
     """
     name = row["name"]
+    style = STYLES[row["set"]]
+    if name in descriptions() and chance.random() < 0.25:
+        text = dress(chance.choice(descriptions()[name]), chance)
+        return on_background(f"{text}, {style} style" if chance.random() < 0.2 else text, background, chance)
     if telling[name] and chance.random() < 0.2:
         name = chance.choice(telling[name])
-    style = STYLES[row["set"]]
     roll = chance.random()
     if roll < 0.2:
         text = with_article(f"{style} {name}") if name not in PLURAL else f"{style} {name}"

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from build_data import default_work
-from captions import telling_tags, with_article
+from captions import descriptions, telling_tags, with_article
 from diffusers import DiffusionPipeline
 from geneval import ask, score
 from judge import Judge, accuracy, judge_pictures, load_judge, unseen_pictures
@@ -197,7 +197,7 @@ def read_paraphrases(rows: list[dict]) -> list[tuple[str, str]]:
     pairs = [tuple(part.strip() for part in line.split("=")) for line in lines if line and not line.startswith("#")]
     words = {row["name"]: set() for row in rows}
     for row in rows:
-        words[row["name"]] |= words_of(" ".join([row["name"], row["label"], *row["tags"]]))
+        words[row["name"]] |= words_of(" ".join([row["name"], row["label"], *row["tags"], *descriptions().get(row["name"], ())]))
     for prompt, name in pairs:
         common = words_of(prompt) & words.get(name, set())
         if common:

@@ -1,7 +1,8 @@
 """Train the judge: a small image classifier that says which concept a 64x64 picture shows.
 
-It learns from real pictures only, the split `concept` of the five training sets, and is measured on
-the Twemoji pictures of the same concepts, a set that nothing here ever trains on. It knows nothing
+It learns from real pictures only, the split `concept` of the five training sets (those of one hue also
+in other colours, as `scenes.py` draws them), and is measured on the Twemoji pictures of the same concepts,
+a set that nothing here ever trains on. It knows nothing
 of the model that it will judge: the blur that an autoencoder leaves is imitated by resampling.
 
 Writes `judge/` into the work folder: `model.safetensors` (the average of the weights), `judge.json`
@@ -26,6 +27,7 @@ from build_data import default_work
 from pictures import BACKGROUNDS, Pictures
 from precision import fast_autocast
 from safetensors.torch import load_file, save_file
+from scenes import COLOURS, Colours
 from torch import nn
 from torch.nn import functional as F
 
@@ -82,10 +84,10 @@ def concept_names(pictures: Pictures) -> list[str]:
     return sorted({row["name"] for row in pictures.rows})
 
 
-def small_icons(pictures: Pictures) -> torch.Tensor:
-    """Return every picture on a clear canvas, premultiplied RGBA in [0, 1]: (N, 4, 64, 64) float16."""
+def small_icons(pictures: torch.Tensor) -> torch.Tensor:
+    """Put pictures, (N, 112, 112, 4) uint8, on a clear canvas, premultiplied RGBA in [0, 1]: (N, 4, 64, 64) float16."""
     found = []
-    for rgba in pictures.rgba.split(128):
+    for rgba in pictures.split(128):
         icons = rgba.permute(0, 3, 1, 2).float() / 255
         icons = torch.cat([icons[:, :3] * icons[:, 3:], icons[:, 3:]], 1)
         found.append(F.avg_pool2d(F.pad(icons, (8, 8, 8, 8)), 2).half())  # 112 -> 128 -> 64
@@ -154,10 +156,21 @@ def cut_out(pictures: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
     return pictures
 
 
-def draw_batch(icons: torch.Tensor, labels: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the step's own pictures, (64, 3, 64, 64) in about [-1, 1], and labels (64,)."""
+def draw_batch(
+    icons: torch.Tensor, labels: torch.Tensor, step: int, num_plain: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the step's own pictures, (64, 3, 64, 64) in about [-1, 1], and labels (64,).
+
+    Args:
+        icons: (N, 4, 64, 64).
+        labels: (N,).
+        step: seeds everything.
+        num_plain: how many of the first are in their own colours: they fill seven eighths of the batch.
+    """
     chance = torch.Generator().manual_seed(9_000_011 + step)
-    picked = torch.randint(len(icons), (BATCH,), generator=chance)
+    picked = torch.randint(num_plain or len(icons), (BATCH,), generator=chance)
+    if num_plain is not None and num_plain < len(icons):
+        picked[: BATCH // 8] = torch.randint(num_plain, len(icons), (BATCH // 8,), generator=chance)
     moved = recolour(move(icons[picked].float(), chance), chance)
     pictures = cut_out(soften(put_on_backgrounds(moved, chance), chance), chance) * 2 - 1
     sigma = 0.1 * torch.rand(BATCH, 1, 1, 1, generator=chance)
@@ -284,13 +297,17 @@ def train(work: Path, num_steps: int) -> None:
     pictures, folder = Pictures(work, ("concept",)), work / "judge"
     folder.mkdir(exist_ok=True)
     names = concept_names(pictures)
-    icons = small_icons(pictures)
     labels = torch.tensor([names.index(row["name"]) for row in pictures.rows])
+    colours = Colours(pictures)
+    plain = [index for index in colours.can_change if not COLOURS.keys() & set(pictures.rows[index]["name"].split())]
+    other = torch.stack([colours.change(index, colour) for index in plain for colour in COLOURS])
+    icons = torch.cat([small_icons(pictures.rgba), small_icons(other)])
+    labels = torch.cat([labels, labels[plain].repeat_interleave(len(COLOURS))])
     training = Training(folder, len(names), num_steps)
     first, started, sum_loss = training.step, time.monotonic(), 0.0
     with open(folder / "judge.jsonl", "a", buffering=1) as log:
         while training.step < num_steps:
-            sum_loss += training.advance(*draw_batch(icons, labels, training.step))
+            sum_loss += training.advance(*draw_batch(icons, labels, training.step, len(pictures)))
             if training.step % 50 == 0:
                 pace_s = (time.monotonic() - started) / (training.step - first)
                 row = {"step": training.step, "of": num_steps, "loss": round(sum_loss / 50, 4), "pace_s": round(pace_s, 3)}

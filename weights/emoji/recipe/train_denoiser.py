@@ -33,8 +33,8 @@ from scenes import Colours, Scenes
 from text import embed, load_text_encoder
 
 SHARD_SCENES = 2000
-NUM_SHARDS = 16
-CAPTIONS_PER_SCENE = 2
+NUM_SHARDS = 32
+CAPTIONS_PER_SCENE = 3
 BATCH = 64
 LEARNING_RATE = 7e-4
 CAPTION_DROPOUT = 0.1
@@ -65,8 +65,10 @@ def new_denoiser() -> UNet2DConditionModel:
 
 
 def shard_key(work: Path, autoencoder: AutoencoderKL) -> str:
-    """Return what a shard depends on, as a hash: the pictures' list and the encoder's weights."""
+    """Return what a shard depends on, as a hash: the pictures' list, what is drawn and said of them, the encoder's weights."""
     digest = hashlib.sha256((work / "pictures.json").read_bytes())
+    for name in ("scenes.py", "captions.py", "descriptions.txt"):
+        digest.update((Path(__file__).parent / name).read_bytes())
     for name, value in sorted(autoencoder.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(value.numpy().tobytes())
