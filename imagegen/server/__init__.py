@@ -153,7 +153,7 @@ def launch(
             max_waiting=max_waiting, max_batch=max_batch, safety=safety,
         )  # fmt: skip
         stack.callback(engine.close)
-        blocks = page(engine, folder) if page else studio.build(engine.model, folder)
+        blocks = page(engine, folder) if page else studio.build(engine, folder)
         served = _start(build_app(engine, folder, blocks, rules), listening, blocks, engine)
         if background:
             stack.pop_all()
