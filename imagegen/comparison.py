@@ -136,8 +136,17 @@ def add_case(trial: Trial, result: Result, references: Sequence["Image"]) -> Non
         trial.images.append(image)
 
 
-def blame(model: Model, plan: Plan, cases: Cases, exact: Trial) -> list[dict[str, Any]]:
+def blame(
+    model: Model, plan: Plan, cases: Cases, exact: Trial, go_on: Callable[[Trial], bool] = lambda trial: True
+) -> list[dict[str, Any]]:
     """Add a plan's levers one at a time, in the order in which they apply, and measure what each changes.
+
+    Args:
+        model: gets its own plan back.
+        plan: of several levers.
+        cases: as of `try_plan`.
+        exact: the exact plan's trial of them.
+        go_on: as of `try_plan`.
 
     Returns:
         For each lever the seconds it took off a picture, the factor, and the squared error that it added;
@@ -146,7 +155,7 @@ def blame(model: Model, plan: Plan, cases: Cases, exact: Trial) -> list[dict[str
     levers = [str(lever) for lever in plan.build()]
     before, parts = exact, list[dict[str, Any]]()
     for count, lever in enumerate(levers, 1):
-        now = try_plan(model, Plan(" + ".join(levers[:count]), tuple(levers[:count]), named=False), cases)
+        now = try_plan(model, Plan(" + ".join(levers[:count]), tuple(levers[:count]), named=False), cases, go_on)
         drift, drift_before = (mean_square(trial.mean()) for trial in (now, before))
         parts.append(
             {
@@ -255,23 +264,30 @@ def compare(
     if not cases:
         raise DataError(f"the reference set {str(opened.folder)!r} holds no pictures")
     tell = progress or (lambda *_: None)
-    exact = try_plan(model, EXACT, cases)
+
+    def told(what: str) -> Callable[[Trial], bool]:
+        def go_on(trial: Trial) -> bool:
+            tell(what, len(trial.measured), len(cases))
+            return True
+
+        return go_on
+
+    exact = try_plan(model, EXACT, cases, told(EXACT.name))
     if model.loras:  # the recorded pictures are without them: plans are held against the exact plan's, made now
         cases = [(request, [image]) for (request, _), image in zip(cases, exact.images, strict=True)]
         exact.measured = [fidelity.measure_all(image, image) for image in exact.images]
     floor_db = (opened.noise_floor or {}).get("psnr_db") or FLOOR_PSNR_DB
     chosen = [(_find(model, plan), plan) for plan in plans]
     trials = []
-    for number, (plan, _) in enumerate(chosen, 1):
-        trial = exact if plan == EXACT else try_plan(model, plan, cases)
+    for plan, _ in chosen:
+        trial = exact if plan == EXACT else try_plan(model, plan, cases, told(plan.name))
         if len(plan.levers) > 1:
             few = cases[:BLAMED_PICTURES]
             alone = Trial("exact", seconds=exact.seconds[: len(few)], measured=exact.measured[: len(few)])
-            trial.blame = blame(model, plan, few, alone)
+            trial.blame = blame(model, plan, few, alone, told(f"blame of {plan.name}"))
         trial.budget_db = BUDGETS_DB.get(plan.name) if min_psnr_db is None else min_psnr_db
         trial.verdict = judge(trial, floor_db, opened.dtype, trial.budget_db)
         trials.append(trial)
-        tell(plan.name, number, len(chosen))
     about = {"folder": str(opened.folder), "source": opened.source, "pictures": len(opened), "dtype": opened.dtype}
     about |= {"noise_floor": opened.noise_floor, "environment": opened.environment}
     here = environment(model.device, model.dtype) | machine_of(model.device)

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import product
@@ -145,6 +145,7 @@ def tune(
     prompts: Sequence[str] | None = None,
     minutes: float = 8.0,
     progress: Progress | None = None,
+    watch: Callable[[Trial], Any] | None = None,
 ) -> TunedProfile:
     """Find the fastest plan whose every picture was measured to stay inside the budget, on this machine.
 
@@ -163,6 +164,7 @@ def tune(
         prompts: at least 7 of yours, the first 6 to search on and the others to confirm; ours by default.
         minutes: the time limit.
         progress: is told what is going on, the work done, and all of it where known.
+        watch: is shown every configuration that was measured in the search.
 
     Raises:
         RequestError: no budget or several, or a setting is wrong.
@@ -182,7 +184,7 @@ def tune(
         built = [build_request(text, model.family, settings | {"seed": seed + 100 * n}) for n, text in enumerate(texts)]
         return [{name: getattr(request, name) for name in names} for request in built]
 
-    search = Search(model, budget, requests(searching, 1), minutes, any_steps, progress or (lambda *_: None))
+    search = Search(model, budget, requests(searching, 1), minutes, any_steps, progress or (lambda *_: None), watch)
     with model.plan_for_a_while(EXACT):
         search.run()
         return search.confirm(requests(confirming, 10_001))
@@ -192,10 +194,17 @@ class Search:
     """One search: what was measured, and what is left of the time."""
 
     def __init__(
-        self, model: Model, budget: Budget, requests: list[dict[str, Any]], minutes: float, any_steps: bool, tell: Progress
+        self,
+        model: Model,
+        budget: Budget,
+        requests: list[dict[str, Any]],
+        minutes: float,
+        any_steps: bool,
+        tell: Progress,
+        watch: Callable[[Trial], Any] | None = None,
     ) -> None:
         """Read what an interrupted search of the same settings left."""
-        self.model, self.budget, self.tell = model, budget, tell
+        self.model, self.budget, self.tell, self.watch = model, budget, tell, watch or (lambda _: None)
         self.requests = requests
         self.groups = (*GROUPS, FEWER_STEPS) if any_steps else GROUPS
         self.started = time.monotonic()
@@ -258,7 +267,7 @@ class Search:
         trial = self.earlier.get(plan.name)
         if trial is None:
             try:
-                trial = try_plan(self.model, plan, cases, lambda trial: trial.seconds[-1] < slow_s)
+                trial = try_plan(self.model, plan, cases, lambda trial: self.go_on(trial, slow_s))
             except PlanError as error:
                 self.left_out[plan.name] = str(error)
                 return None
@@ -268,7 +277,13 @@ class Search:
             return None
         trial.verdict = judge(trial, FLOOR_PSNR_DB, "stock diffusers", self.bound_db)
         self.trials[plan.name] = trial
+        self.watch(trial)
         return trial
+
+    def go_on(self, trial: Trial, slow_s: float) -> bool:
+        """Tell of every picture, and end a trial that is slower than that."""
+        self.tell(f"measuring {trial.plan}", len(trial.seconds), len(self.requests))
+        return trial.seconds[-1] < slow_s
 
     @property
     def bound_db(self) -> float | None:

@@ -1,5 +1,6 @@
 """The studio, in a browser and without one; what the pictures show does not matter here."""
 
+import http.server
 import importlib.util
 import io
 import json
@@ -19,6 +20,14 @@ from PIL import Image
 
 import imagegen
 from imagegen import server, studio
+from imagegen.catalog import FAMILIES
+from imagegen.engine import Engine
+from imagegen.finetune.data import find_faults
+from imagegen.studio.contest import chance_of, tally
+from imagegen.studio.enhance import Writer, enhance
+from imagegen.studio.flags import read_flags
+from imagegen.studio.training import gather, write_captions
+from imagegen.studio.visitors import Visitors, folder_name
 
 ARGUMENTS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 ARGUMENTS += " --disable-component-update --disable-sync"
@@ -41,7 +50,7 @@ def served(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("studio") / "pictures"
     with server.launch(model, port=0, output_dir=folder, background=True) as running:
         running.page.server = running.server
-        yield SimpleNamespace(url=running.url, port=running.port, folder=folder, blocks=running.page)
+        yield SimpleNamespace(url=running.url, port=running.port, folder=folder, blocks=running.page, engine=running.engine)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +74,7 @@ def page(browser, served):
     opened.on("request", lambda request: opened.hosts.add(urllib.parse.urlsplit(request.url).netloc))
     opened.goto(served.url)
     opened.get_by_role("button", name="Generate").wait_for()
+    opened.get_by_role("button", name="Steps, guidance").click()
     yield opened
     assert opened.hosts <= {f"127.0.0.1:{served.port}", ""}, "the page fetched something from elsewhere"
     opened.close()
@@ -74,18 +84,16 @@ def page(browser, served):
 def steps_seen(model, monkeypatch):
     """Count the steps that the model really made, whoever reads them."""
     seen = []
-    stream = model.stream
+    run = model.run_together
 
-    def counted(*arguments, **settings):
-        steps = stream(*arguments, **settings)
-        try:
-            for step in steps:
-                seen.append(step.index)
-                yield step
-        finally:
-            steps.close()
+    def counted(requests, on_step=None, noise=None):
+        def told(steps):
+            seen.append(steps[0].index)
+            on_step(steps)
 
-    monkeypatch.setattr(model, "stream", counted)
+        return run(requests, told, noise)
+
+    monkeypatch.setattr(model, "run_together", counted)
     return seen
 
 
@@ -105,13 +113,20 @@ def generate(page, **fields):
     return [picture.get_attribute("src") for picture in pictures.all()]
 
 
+def made(served, name):
+    """Return a visitor's finished pictures of a name; every page of these tests is another visitor."""
+    return sorted(served.folder.glob(f"visitor-*/{name}"))
+
+
 def get(address):
     with urllib.request.urlopen(address) as answer:
         return answer.read()
 
 
-def streams_running():
-    return [thread for thread in threading.enumerate() if thread.name == "imagegen-stream"]
+def wait_until_idle(served):
+    """Wait for the model's next turn: the run before, also one that nobody waits for any more, has ended by then."""
+    with served.engine.alone():
+        pass
 
 
 def test_page_shows_previews_then_the_files(page, served, model):
@@ -119,17 +134,17 @@ def test_page_shows_previews_then_the_files(page, served, model):
     page.get_by_role("button", name="Generate").click()
     page.get_by_text(re.compile(r"^Step \d+ of 12 · about \d+ s left$")).wait_for()
     assert page.locator(".stage img").count() == 2
-    assert not list(served.folder.glob("7-*.png")), "the preview came before the end"
+    assert not made(served, "7-*.png"), "the preview came before the end"
     page.get_by_role("button", name="Download PNG").wait_for()
     page.get_by_text("12 steps in").wait_for()
-    files = [served.folder / "7-a-red-apple.png", served.folder / "8-a-red-apple.png"]
+    files = [*made(served, "7-a-red-apple.png"), *made(served, "8-a-red-apple.png")]
     pictures = page.locator(".result .thumbnail-lg img")
     pictures.nth(1).wait_for()  # the gallery draws them a moment after the buttons
     shown = [get(picture.get_attribute("src")) for picture in pictures.all()]
     assert shown == [file.read_bytes() for file in files]
     assert [imagegen.read_receipt(file).request["seed"] for file in files] == [7, 8]
-    made = model.generate("a red apple", seed=7, num_steps=12, num_images=2)
-    assert Image.open(io.BytesIO(shown[0])).tobytes() == made.images[0].tobytes()
+    alone = model.generate("a red apple", seed=7, num_steps=12, num_images=2)
+    assert Image.open(io.BytesIO(shown[0])).tobytes() == alone.images[0].tobytes()
     page.get_by_role("button", name="Receipt").click()
     page.get_by_text('"seed": 7').wait_for()
     pictures.nth(1).click()  # the receipt follows the choice
@@ -145,23 +160,21 @@ def test_stop_really_stops_and_the_next_one_works(page, steps_seen, served):
     page.locator(".stage img").first.wait_for()
     page.get_by_role("button", name="Stop").first.click()
     page.get_by_text(re.compile(r"^Stopped after step \d+ of 100$")).wait_for()
-    made = len(steps_seen)
-    assert 0 < made < 90
-    assert not streams_running()
-    assert not list(served.folder.glob("11-*"))
+    wait_until_idle(served)
+    done = len(steps_seen)
+    assert 0 < done < 90
+    assert not made(served, "11-*")
     generate(page, Steps=2, Seed=12)
-    assert len(steps_seen) == made + 2, "the stopped run went on"
-    assert (served.folder / "12-a-blue-heart.png").is_file()
+    assert len(steps_seen) == done + 2, "the stopped run went on"
+    assert made(served, "12-a-blue-heart.png")
 
 
-def test_leaving_the_page_stops_the_work(page, steps_seen):
+def test_leaving_the_page_stops_the_work(page, steps_seen, served):
     fill(page, Prompt="a blue heart", Steps=100)
     page.get_by_role("button", name="Generate").click()
     page.locator(".stage img").first.wait_for()
     page.goto("about:blank")
-    for thread in streams_running():
-        thread.join(timeout=10)
-    assert not streams_running()
+    wait_until_idle(served)
     assert len(steps_seen) < 90
 
 
@@ -169,9 +182,9 @@ def test_compare_with_stock_diffusers(page):
     generate(page, Prompt="a smiling sun", Steps=3, Seed=5)
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Compare", exact=True).last.click()
-    page.get_by_text("identical").wait_for()
-    assert page.get_by_text("0 of 255").is_visible()
-    page.get_by_text("stock diffusers in float32 with seed 5").wait_for()
+    page.get_by_text("identical", exact=True).first.wait_for()
+    assert page.get_by_text("0 of 255").first.is_visible()
+    page.get_by_text("stock diffusers in float32 with seed 5").first.wait_for()
     handle, reference = page.get_by_test_id("slider"), page.get_by_test_id("imageslider-image").last
     handle.scroll_into_view_if_needed()
     before, clipped = handle.bounding_box(), reference.get_attribute("style")
@@ -185,7 +198,7 @@ def test_compare_with_stock_diffusers(page):
 
 def test_compare_with_an_uploaded_picture(page, served, tmp_path):
     file = urllib.parse.unquote(generate(page, Prompt="a green leaf", Steps=2, Seed=3)[0].rsplit("/", 1)[1])
-    changed = Image.open(served.folder / file).convert("RGB")
+    changed = Image.open(made(served, file)[0]).convert("RGB")
     red, green, blue = changed.getpixel((0, 0))
     changed.putpixel((0, 0), (red + 10 if red < 128 else red - 10, green, blue))
     changed.save(tmp_path / "changed.png")
@@ -199,13 +212,13 @@ def test_compare_with_an_uploaded_picture(page, served, tmp_path):
         reference.locator("input[type=file]").set_input_files(tmp_path / name)
         reference.get_by_role("button", name="Remove Image").wait_for()
         page.get_by_role("button", name="Compare", exact=True).last.click()
-        page.get_by_text(message).wait_for()
+        page.get_by_text(message).first.wait_for()
         reference.get_by_role("button", name="Remove Image").click()
 
     give("broken.png", "the file cannot be read as a picture")
-    give("small.png", "pictures of two sizes cannot be compared: 128x128 and 40x24")
+    give("small.png", "pictures of two sizes cannot be compared: 40x24 and 128x128")
     give("changed.png", "10 of 255")
-    assert page.get_by_text("against the picture you gave: outside the noise floor").is_visible()
+    assert page.get_by_text("this picture, against the picture you gave:").is_visible()
 
 
 def test_a_long_prompt_that_scrolls_takes_no_focus(page):
@@ -252,7 +265,7 @@ def test_only_uploads_are_compared(served, tmp_path):
         file = Path(folder) / "private.png"
         Image.new("RGB", (128, 128)).save(file)
         own = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
-        body = json.dumps({"data": [own, studio.UPLOAD, own]}).encode()
+        body = json.dumps({"data": [own, "", "", studio.UPLOAD, None, None, own, [], False]}).encode()
         call = f"{served.url}/gradio_api/call/compare"
         started = urllib.request.urlopen(urllib.request.Request(call, body, {"Content-Type": "application/json"}))
         return get(f"{call}/{json.load(started)['event_id']}").decode()
@@ -274,18 +287,19 @@ def test_listens_on_loopback_only_and_phones_nobody(served):
 
 def test_follow_says_every_step_and_stops_when_told(model, tmp_path, steps_seen):
     settings = {"num_steps": 4, "num_images": 2, "seed": 1}
-    frames = list(studio.follow(model, "a red apple", settings, tmp_path, threading.Event(), pytest.fail))
-    assert [frame.fraction for frame in frames] == [0.25, 0.5, 0.75, 1.0]
-    assert all(len(frame.previews) == 2 for frame in frames)
-    assert [path.name for path in frames[-1].paths] == ["1-a-red-apple.png", "2-a-red-apple.png"]
-    steps_seen.clear()
-    stop = threading.Event()
-    frames = studio.follow(model, "a red apple", settings | {"num_steps": 50}, tmp_path, stop, pytest.fail)
-    next(frames)
-    stop.set()
-    assert [frame.message for frame in frames] == ["Stopped after step 2 of 50"]
-    assert steps_seen == [0, 1]
-    assert not streams_running()
+    with Engine(model) as engine:
+        frames = list(studio.follow(engine, "a red apple", settings, tmp_path, threading.Event(), pytest.fail))
+        assert [frame.fraction for frame in frames] == [0.25, 0.5, 0.75, 1.0]
+        assert all(len(frame.previews) == 2 for frame in frames)
+        assert [path.name for path in frames[-1].paths] == ["1-a-red-apple.png", "2-a-red-apple.png"]
+        steps_seen.clear()
+        stop = threading.Event()
+        frames = studio.follow(engine, "a red apple", settings | {"num_steps": 50}, tmp_path, stop, pytest.fail)
+        next(frames)
+        stop.set()
+        (last,) = frames
+        assert last.message == "Stopped after step 1 of 50"
+    assert len(steps_seen) < 50
 
 
 def test_what_is_missing_is_named(model, tmp_path, monkeypatch):
@@ -295,3 +309,119 @@ def test_what_is_missing_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(imagegen.Error, match=r"pip install 'imagegen-diffusion\[demo\]'"):
         studio.build(model, tmp_path)
+
+
+def test_flags_are_taken_off_a_prompt():
+    read = lambda text: read_flags(text, FAMILIES["emoji"])  # noqa: E731
+    assert read("a fox --seed 7 --steps 12 --cfg 4.5 --num 2 --no text, people") == (
+        "a fox",
+        {"seed": 7, "num_steps": 12, "guidance": 4.5, "num_images": 2, "negative_prompt": "text, people"},
+    )
+    assert read("a well-known fox -- really") == ("a well-known fox -- really", {})
+    assert read("a fox —ar 1:1")[1] == {"width": 128, "height": 128}  # a telephone's dash
+    width, height = (read("a fox --ar 3:2")[1][side] for side in ("width", "height"))
+    assert (width % 8, height % 8) == (0, 0)
+    assert abs(width / height - 1.5) < 0.1
+    assert read("a fox --size 128x96")[1] == {"width": 128, "height": 96}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a fox --sed 7", "unknown flag --sed: did you mean --seed"),
+        ("a fox --chaos 5", "unknown flag --chaos: there are --ar"),
+        ("a fox --seed 1 --seed 2", "--seed is given twice"),
+        ("a fox --seed", "--seed needs a value"),
+        ("a fox --seed x", "--seed must be a whole number, got 'x'"),
+        ("a fox --ar 0:1", "--ar must be two numbers"),
+        ("a fox --ar 99:1", "one at most 8 times the other"),
+        ("a fox --ar 1:1 --size 64x64", "both say the size"),
+    ],
+)
+def test_wrong_flags_are_named(text, message):
+    with pytest.raises(imagegen.RequestError, match=re.escape(message)):
+        read_flags(text, FAMILIES["emoji"])
+
+
+def test_a_visitor_has_a_folder_that_nobody_else_names(tmp_path):
+    visitors = Visitors(tmp_path)
+    key = visitors.enter("one", None)
+    assert visitors.enter("one again", key) == key  # after a reload
+    assert visitors.folder("one") == visitors.folder("one again") == tmp_path / folder_name(key)
+    for wrong in ("../../etc", "", 7, {"a": 1}, "x" * 43 + "/"):
+        other = visitors.enter("other", wrong)
+        assert other != wrong
+        assert visitors.folder("other").parent == tmp_path
+        assert visitors.folder("other") != visitors.folder("one")
+    assert key not in str(visitors.folder("one"))
+
+
+def test_a_blind_test_knows_luck():
+    assert chance_of(0, 4) == 1
+    assert chance_of(4, 4) == 1 / 16
+    assert chance_of(8, 10) == 56 / 1024
+    assert "can well be luck" in tally(8, 10)
+    assert "can be seen" in tally(10, 10)
+
+
+def test_training_data_get_names_of_our_own(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "A Fox.png")
+    (tmp_path / "A Fox.txt").write_text("a fox")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "b.png")
+    captions = gather([str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "data")
+    assert captions == {"001-a-fox.png": "a fox", "002-b.png": ""}
+    write_captions(tmp_path / "data", captions)
+    assert find_faults(tmp_path / "data") == ["'002-b.png' has no caption"]
+    (tmp_path / "data" / "003-c.png").write_text("no picture")
+    assert any("003-c.png" in fault and "no picture" in fault for fault in find_faults(tmp_path / "data"))
+
+
+def test_a_prompt_is_enhanced_by_a_stand_in():
+    class StandIn(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((asked["model"], asked["messages"][-1]["content"], self.headers["Authorization"]))
+            body = json.dumps({"choices": [{"message": {"content": " a red fox\nin snow "}}]}).encode()
+            self.send_response(200 if self.path == "/v1/chat/completions" else 302)
+            self.send_header("Location", "http://127.0.0.1:9/")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    seen = []
+    with http.server.HTTPServer(("127.0.0.1", 0), StandIn) as stand_in:
+        threading.Thread(target=stand_in.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{stand_in.server_port}"
+        assert enhance("a fox", Writer(f"{address}/v1/chat/completions", "m", "k")) == "a red fox in snow"
+        with pytest.raises(imagegen.RequestError, match="answered 302"):  # the key goes nowhere else
+            enhance("a fox", Writer(f"{address}/elsewhere", "m", "k"))
+        stand_in.shutdown()
+    assert seen[0] == ("m", "a fox", "Bearer k")
+
+
+def test_the_page_fits_a_telephone(browser, served):
+    for scheme in ("light", "dark"):
+        opened = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+        opened.goto(served.url)
+        opened.get_by_role("button", name="Generate").wait_for()
+        for tab in ("Generate", "Compare", "Set", "Blind"):
+            opened.get_by_role("tab", name=tab, exact=True).click()
+            assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{tab} is wider than the screen"
+        opened.close()
+
+
+def test_history_survives_a_reload_and_is_nobody_elses(page, browser, served):
+    generate(page, Prompt="a key", Steps=2, Seed=91)
+    page.reload()
+    page.locator(".strip img").first.wait_for()
+    file = made(served, "91-a-key.png")[0]
+    assert get(page.locator(".strip img").first.get_attribute("src")) == file.read_bytes()
+    other = browser.new_page()
+    other.goto(served.url)
+    other.get_by_role("button", name="Generate").wait_for()
+    other.wait_for_timeout(500)
+    assert other.locator(".strip img").count() == 0
+    other.close()

@@ -104,6 +104,29 @@ def read_dataset(folder: str | Path) -> Dataset:
     return Dataset(folder, items, tuple(_notes(items)))
 
 
+def find_faults(folder: str | Path) -> list[str]:
+    """Return everything that `read_dataset` would refuse, one line for each fault; empty where it takes the folder."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    faults = []
+    for path in files:
+        try:
+            _read_item(path, "")
+        except DataError as error:
+            faults.append(str(error))
+    try:
+        captions = dict(_captions(folder, files))
+        faults += [f"{path.name!r} has no caption" for path in files if path.name not in captions]
+    except DataError as error:
+        faults.append(str(error))
+    if not faults:
+        try:
+            read_dataset(folder)
+        except DataError as error:
+            faults.append(str(error))
+    return faults
+
+
 def _captions(folder: Path, files: list[Path]) -> Iterator[tuple[str, str]]:
     """Yield file names with their captions, from one kind of file or the other, or both where they agree."""
     found: dict[str, str] = {}
