@@ -206,8 +206,9 @@ def photograph_demo(model: imagegen.Model) -> None:
             page.get_by_role("button", name="Generate").click()
             page.get_by_role("button", name="Download PNG").wait_for(timeout=60_000)
             page.get_by_role("button", name="Compare", exact=True).first.click()
-            page.get_by_role("button", name="Compare", exact=True).last.click()
-            page.get_by_text("the noise floor of equal runs").wait_for(timeout=60_000)
+            page.wait_for_timeout(1000)  # the tab is shown
+            page.get_by_role("button", name="Compare", exact=True).locator("visible=true").last.click()
+            page.get_by_text("identical", exact=True).first.wait_for(timeout=60_000)
             page.wait_for_timeout(1500)  # the slider's pictures are drawn
             page.screenshot(path=SAMPLES / "demo.png")
             browser.close()
