@@ -175,12 +175,12 @@ def blame(
 
 
 def judge(trial: Trial, floor_db: float, dtype: str | None, budget_db: float | None) -> str:
-    """Say in words how a plan's pictures compare, relative to the noise floor, mean and worst."""
+    """Say in words how a plan's pictures compare, relative to the noise floor, mean and worst; `dtype` "" is not spoken of."""
     worst, mean = trial.worst(), trial.mean()
-    against = f"against {dtype or 'pictures of unknown precision'}"
+    against = "" if dtype == "" else f" against {dtype or 'pictures of unknown precision'}"
     if worst == math.inf:
-        return f"identical, bit for bit, {against}"
-    figures = f"worst {worst:.1f} dB, mean {mean:.1f} dB {against}; the noise floor is {floor_db:.1f} dB"
+        return f"identical, bit for bit{',' if against else ''}{against}"
+    figures = f"worst {worst:.1f} dB, mean {mean:.1f} dB{against}; the noise floor is {floor_db:.1f} dB"
     if worst >= floor_db - FLOOR_SLACK_DB:
         return f"the same within the noise floor of equal runs ({figures})"
     if budget_db is not None:

@@ -82,7 +82,7 @@ def test_times_of_a_busier_machine_are_not_believed(model, monkeypatch):
 
 
 def test_no_time_to_confirm_is_said(model):
-    profile = imagegen.tune(model, min_psnr_db=20.0, minutes=0.001, **FAST)
+    profile = imagegen.tune(model, min_psnr_db=20.0, minutes=1e-6, **FAST)
     assert profile.plan == [] and any("no time was left" in note for note in profile.notes)
 
 

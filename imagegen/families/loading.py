@@ -20,6 +20,9 @@ from imagegen.families.libraries import quiet
 from imagegen.request import ModelError
 from imagegen.sources import Source, read_index, weight_files
 
+# What no pipeline draws without; others, such as a third text encoder, may be left out.
+NEEDED = ("text_encoder", "tokenizer", "scheduler", "unet", "transformer", "vae")
+
 
 def pipeline_class(source: Source) -> str:
     """Return the name of a source's pipeline class.
@@ -90,7 +93,7 @@ def stored_in_file(source: Source) -> torch.dtype:
 def _check_whole(source: Source, pipeline: Any) -> None:
     """Refuse a pipeline without a part that it needs, or with tensors that no file gave a value."""
     for name, component in pipeline.components.items():
-        if component is None and name not in pipeline._optional_components:
+        if component is None and name in NEEDED and name not in pipeline._optional_components:
             raise ModelError(f"{str(source.path)!r} cannot be loaded: it has no {name}, which a {type(pipeline).__name__} needs")
         if not isinstance(component, torch.nn.Module):
             continue

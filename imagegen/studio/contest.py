@@ -138,7 +138,7 @@ def try_entry(
         result, stages = run_timed(model, request, lambda done, of: tell(name, done, of))
         trial = Trial(name, levers=model.applied, budget_db=BUDGETS_DB.get(name))
     add_case(trial, result, [reference])
-    verdict = judge(trial, floor["psnr_db"], None, trial.budget_db).replace(" against pictures of unknown precision", "")
+    verdict = judge(trial, floor["psnr_db"], "", trial.budget_db)
     path = result.save(folder)[0]
     return Entry(name, path, trial.measured[0], verdict, result.elapsed_s, stages, levers=trial.levers), trial
 
@@ -186,7 +186,7 @@ def hold_picture(picture: "Image", name: str, path: Path, contest: Contest, refe
     """
     measured = fidelity.measure_all(reference, picture)
     trial = Trial(name, measured=[measured])
-    verdict = judge(trial, contest.floor["psnr_db"], None, None).replace(" against pictures of unknown precision", "")
+    verdict = judge(trial, contest.floor["psnr_db"], "", None)
     contest.entries.append(Entry(name, path, measured, verdict))
 
 
