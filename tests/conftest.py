@@ -8,11 +8,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin at barr
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each process that tests
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
+
 import pytest
 import torch
+from needs import need
 
 import imagegen
 from imagegen.catalog import embedded_folder
+
+CHROMIUM = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+CHROMIUM += " --disable-component-update --disable-sync"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -24,6 +30,38 @@ def private_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(private_cache):
     return imagegen.load()
+
+
+@pytest.fixture
+def steps_run(model, monkeypatch):
+    """Collect the prompts of every step that the model really made."""
+    seen = []
+    run = model.run_together
+
+    def counted(requests, on_step=None, noise=None):
+        def tell(steps):
+            seen.append([request.prompt for request in requests])
+            if on_step is not None:
+                on_step(steps)
+
+        return run(requests, tell, noise)
+
+    monkeypatch.setattr(model, "run_together", counted)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Start Chromium without a window."""
+    chromiums = ("chromium", "google-chrome")
+    need("playwright", program=chromiums)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, chromiums)))
+        started = playwright.chromium.launch(executable_path=path, args=CHROMIUM.split())
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,24 +18,6 @@ def engine(model):
         yield engine
 
 
-@pytest.fixture
-def steps_run(model, monkeypatch):
-    """Collect the prompts of every step that the model really made."""
-    seen = []
-    run = model.run_together
-
-    def counted(requests, on_step=None, noise=None):
-        def tell(steps):
-            seen.append([request.prompt for request in requests])
-            if on_step is not None:
-                on_step(steps)
-
-        return run(requests, tell, noise)
-
-    monkeypatch.setattr(model, "run_together", counted)
-    return seen
-
-
 def finish(stream):
     """Read a stream to its end and return its states."""
     return list(stream)

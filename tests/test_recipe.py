@@ -23,17 +23,21 @@ def recipe_on_path(monkeypatch):
 
 @pytest.fixture
 def work(tmp_path):
-    """A work folder with three drawn pictures."""
+    """A work folder with three things, drawn in five styles: fluent first."""
     chance = np.random.default_rng(0)
-    np.save(tmp_path / "pictures.npy", chance.integers(0, 255, (3, 112, 112, 4), dtype=np.uint8))
-    rows = [{"set": "noto", "label": name, "name": name, "tags": [], "split": "concept"} for name in ("apple", "owl", "fox")]
+    np.save(tmp_path / "pictures.npy", chance.integers(0, 255, (15, 112, 112, 4), dtype=np.uint8))
+    rows = [
+        {"set": style, "label": name, "name": name, "tags": [], "split": "concept"}
+        for style in ("fluent", "flat", "noto", "blob", "fx")
+        for name in ("apple", "owl", "fox")
+    ]
     (tmp_path / "pictures.json").write_text(json.dumps(rows))
     return tmp_path
 
 
 @pytest.fixture
 def scenes(work):
-    """Scenes of three things: a red apple, a green owl, and a fox that cannot be seen."""
+    """Scenes of three things, in every style alike: a red apple, a green owl, and a fox that cannot be seen."""
     from captions import telling_tags
     from pictures import Pictures
     from scenes import Colours, Scenes
@@ -41,7 +45,7 @@ def scenes(work):
     pictures = Pictures(work, ("concept",))
     pictures.rgba[:, :, :, 3] = 0
     for index, colour in enumerate(((214, 40, 50), (60, 170, 70))):
-        pictures.rgba[index, 20:90, 20:90] = torch.tensor([*colour, 255], dtype=torch.uint8)
+        pictures.rgba[index::3, 20:90, 20:90] = torch.tensor([*colour, 255], dtype=torch.uint8)
     np.save(work / "pictures.npy", pictures.rgba.numpy())
     return Scenes(pictures, Colours(pictures), telling_tags(pictures.rows))
 
@@ -49,7 +53,7 @@ def scenes(work):
 def test_colours_are_measured_and_changed(scenes):
     from scenes import COLOURS
 
-    assert scenes.colours.can_change == [0, 1]
+    assert scenes.colours.can_change == [index for index in range(15) if index % 3 < 2]
     assert [scenes.colours.own(index) for index in range(3)] == ["red", "green", None]
     for colour, (hue, saturation, value) in COLOURS.items():
         import colorsys
@@ -90,8 +94,39 @@ def test_scenes_are_the_seeds_and_leave_the_reserved_pairs_alone(scenes, monkeyp
     assert drawn == [scenes.draw(random.Random(seed)) for seed in range(300)]
     pairs = [scene for scene in drawn if len(scene.things) == 2]
     assert len(pairs) > 30
-    assert not [scene for scene in pairs if 1 in {thing.picture for thing in scene.things}]
+    assert not [scene for scene in pairs if 1 in {thing.picture % 3 for thing in scene.things}]
     assert {thing.count for scene in drawn for thing in scene.things} == {1, 2, 3, 4}
+
+
+def test_who_says_no_style_gets_the_default(scenes):
+    import random
+
+    from scenes import DEFAULT_STYLE, STYLES
+
+    chance, seen = random.Random(0), set()
+    for _ in range(400):
+        scene = scenes.draw(chance)
+        styles = {scenes.pictures.rows[thing.picture]["set"] for thing in scene.things}
+        assert styles == {scene.style or DEFAULT_STYLE}
+        said = scenes.describe(scene, chance)
+        assert [style for style in STYLES if style in said] == ([scene.style] if scene.style else [])
+        seen.add(scene.style)
+    assert seen == {None, *STYLES}
+
+
+def test_a_batch_holds_the_share_of_single_things(work, scenes, monkeypatch):
+    import train_autoencoder
+    import train_denoiser
+
+    monkeypatch.setattr(train_denoiser, "SHARD_SCENES", 40)
+    monkeypatch.setattr(train_denoiser, "load_text_encoder", lambda: None)
+    monkeypatch.setattr(train_denoiser, "embed", lambda _, texts: torch.zeros(len(texts), 1, 1))
+    train_autoencoder.new_autoencoder().save_pretrained(work / "autoencoder")
+    shards = train_denoiser.Shards(work, 1)
+    single = {row.numpy().tobytes() for row in shards.latents[shards.single].float()}
+    for share in (0.0, 0.25, 1.0):
+        latents = shards.draw(8, share, torch.Generator().manual_seed(0))[0]
+        assert sum(row.numpy().tobytes() in single for row in latents) == 8 * share
 
 
 @pytest.mark.parametrize(
@@ -115,7 +150,7 @@ def test_shards_are_made_once_and_hold_every_caption(work, scenes, monkeypatch):
     shards = train_denoiser.Shards(work, 2)
     assert shards.latents.shape == (8, 4, 16, 16)
     assert len(list((work / "shards").glob("*.pt"))) == 2
-    latents, words, silent = shards.draw(5, torch.Generator().manual_seed(0))
+    latents, words, silent = shards.draw(5, 0.4, torch.Generator().manual_seed(0))
     assert (latents.shape, words.shape, silent.shape) == ((5, 4, 16, 16), (5, 1, 1), (5,))
     monkeypatch.setattr(train_denoiser, "make_shard", lambda *_: pytest.fail("made again"))
     assert torch.equal(train_denoiser.Shards(work, 2).latents, shards.latents)
@@ -127,7 +162,7 @@ class NoisyShards:
     def __init__(self, *_):
         pass
 
-    def draw(self, num, chance):
+    def draw(self, num, single_share, chance):
         latents, words = torch.randn(num, 4, 16, 16, generator=chance), torch.randn(num, 32, 384, generator=chance)
         return latents, words, torch.rand(num, generator=chance) < 0.5
 
@@ -193,7 +228,7 @@ def test_a_caption_names_the_background(work):
 
     rows = Pictures(work, ("concept",)).rows
     chance = random.Random(0)
-    texts = [caption(row, colour, telling_tags(rows), chance) for row in rows for colour in BACKGROUNDS for _ in range(20)]
+    texts = [caption(row, colour, telling_tags(rows), None, chance) for row in rows for colour in BACKGROUNDS for _ in range(20)]
     for text, colour in zip(texts, [c for _ in rows for c in BACKGROUNDS for _ in range(20)], strict=True):
         assert colour == "white" or colour in text
     assert len(set(texts)) > 100

@@ -4,16 +4,15 @@ import base64
 import contextlib
 import dataclasses
 import http.client
-import importlib.util
 import io
 import json
-import os
 import socket
 import threading
 import zlib
 from urllib.parse import urlencode
 
 import pytest
+from needs import need
 from PIL import Image
 
 import imagegen
@@ -25,9 +24,7 @@ from imagegen.server import Rules, build_app, find_safety, launch
 TOKEN = "a-token-of-the-tests"
 MIB = 2**20
 
-for needed in ("gradio", "openai", "schemathesis"):
-    if not importlib.util.find_spec(needed) and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed", allow_module_level=True)
+need("gradio", "openai", "schemathesis")
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +47,6 @@ def public(model, tmp_path_factory):
 @pytest.fixture
 def client(served):
     return client_of(served)
-
-
-@pytest.fixture
-def steps_run(model, monkeypatch):
-    """Collect the prompts of every step that the model really made."""
-    seen = []
-    run = model.run_together
-
-    def counted(requests, on_step=None, noise=None):
-        def tell(steps):
-            seen.append([request.prompt for request in requests])
-            on_step(steps)
-
-        return run(requests, tell, noise)
-
-    monkeypatch.setattr(model, "run_together", counted)
-    return seen
 
 
 def no_apples(prompt, picture):

@@ -1,12 +1,10 @@
 """The studio, in a browser and without one; what the pictures show does not matter here."""
 
 import http.server
-import importlib.util
 import io
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 import urllib.error
@@ -16,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from needs import need
 from PIL import Image
 
 import imagegen
@@ -29,41 +28,14 @@ from imagegen.studio.flags import read_flags
 from imagegen.studio.training import gather, write_captions
 from imagegen.studio.visitors import Visitors, folder_name
 
-ARGUMENTS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-ARGUMENTS += " --disable-component-update --disable-sync"
-
-
-def need(found, what):
-    """Skip without `what`; in CI its absence is a failure."""
-    if not found:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{what} is not installed")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return imagegen.load(device="cpu")
-
 
 @pytest.fixture(scope="module")
 def served(model, tmp_path_factory):
-    need(importlib.util.find_spec("gradio"), "gradio")
+    need("gradio")
     folder = tmp_path_factory.mktemp("studio") / "pictures"
     with server.launch(model, port=0, output_dir=folder, background=True) as running:
         running.page.server = running.server
         yield SimpleNamespace(url=running.url, port=running.port, folder=folder, blocks=running.page, engine=running.engine)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    need(importlib.util.find_spec("playwright"), "playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    need(chromium, "chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS.split())
-        yield started
-        started.close()
 
 
 @pytest.fixture
@@ -78,23 +50,6 @@ def page(browser, served):
     yield opened
     assert opened.hosts <= {f"127.0.0.1:{served.port}", ""}, "the page fetched something from elsewhere"
     opened.close()
-
-
-@pytest.fixture
-def steps_seen(model, monkeypatch):
-    """Count the steps that the model really made, whoever reads them."""
-    seen = []
-    run = model.run_together
-
-    def counted(requests, on_step=None, noise=None):
-        def told(steps):
-            seen.append(steps[0].index)
-            on_step(steps)
-
-        return run(requests, told, noise)
-
-    monkeypatch.setattr(model, "run_together", counted)
-    return seen
 
 
 def fill(page, **fields):
@@ -154,28 +109,28 @@ def test_page_shows_previews_then_the_files(page, served, model):
     assert Path(download.value.path()).read_bytes() == files[1].read_bytes()
 
 
-def test_stop_really_stops_and_the_next_one_works(page, steps_seen, served):
+def test_stop_really_stops_and_the_next_one_works(page, steps_run, served):
     fill(page, Prompt="a blue heart", Steps=100, Seed=11)
     page.get_by_role("button", name="Generate").click()
     page.locator(".stage img").first.wait_for()
     page.get_by_role("button", name="Stop").first.click()
     page.get_by_text(re.compile(r"^Stopped after step \d+ of 100$")).wait_for()
     wait_until_idle(served)
-    done = len(steps_seen)
+    done = len(steps_run)
     assert 0 < done < 90
     assert not made(served, "11-*")
     generate(page, Steps=2, Seed=12)
-    assert len(steps_seen) == done + 2, "the stopped run went on"
+    assert len(steps_run) == done + 2, "the stopped run went on"
     assert made(served, "12-a-blue-heart.png")
 
 
-def test_leaving_the_page_stops_the_work(page, steps_seen, served):
+def test_leaving_the_page_stops_the_work(page, steps_run, served):
     fill(page, Prompt="a blue heart", Steps=100)
     page.get_by_role("button", name="Generate").click()
     page.locator(".stage img").first.wait_for()
     page.goto("about:blank")
     wait_until_idle(served)
-    assert len(steps_seen) < 90
+    assert len(steps_run) < 90
 
 
 def test_compare_with_stock_diffusers(page):
@@ -285,21 +240,21 @@ def test_listens_on_loopback_only_and_phones_nobody(served):
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
-def test_follow_says_every_step_and_stops_when_told(model, tmp_path, steps_seen):
+def test_follow_says_every_step_and_stops_when_told(model, tmp_path, steps_run):
     settings = {"num_steps": 4, "num_images": 2, "seed": 1}
     with Engine(model) as engine:
         frames = list(studio.follow(engine, "a red apple", settings, tmp_path, threading.Event(), pytest.fail))
         assert [frame.fraction for frame in frames] == [0.25, 0.5, 0.75, 1.0]
         assert all(len(frame.previews) == 2 for frame in frames)
         assert [path.name for path in frames[-1].paths] == ["1-a-red-apple.png", "2-a-red-apple.png"]
-        steps_seen.clear()
+        steps_run.clear()
         stop = threading.Event()
         frames = studio.follow(engine, "a red apple", settings | {"num_steps": 50}, tmp_path, stop, pytest.fail)
         next(frames)
         stop.set()
         (last,) = frames
         assert last.message == "Stopped after step 1 of 50"
-    assert len(steps_seen) < 50
+    assert len(steps_run) < 50
 
 
 def test_what_is_missing_is_named(model, tmp_path, monkeypatch):

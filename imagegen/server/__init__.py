@@ -113,6 +113,8 @@ def launch(
     port: int = 7860,
     output_dir: str | Path = "out",
     *,
+    loras: str | Path | None = None,
+    references: str | Path | None = None,
     public: bool = False,
     allow_hosts: Iterable[str] = (),
     token: str | None = None,
@@ -129,6 +131,8 @@ def launch(
         host: address to listen on; by default this machine's own, which nobody else reaches, with `public` all of them.
         port: port to listen on; 0 takes any free one.
         output_dir: where the pictures go.
+        loras: a folder of LoRA files that the page offers.
+        references: a folder of reference sets that the page offers.
         public: others may come, who know the token.
         allow_hosts: names by which others may ask, as in `pictures.example.org`; numeric addresses are known with `public`.
         token: what everybody must know: the API key of programs, and what the page asks for.
@@ -153,7 +157,7 @@ def launch(
             max_waiting=max_waiting, max_batch=max_batch, safety=safety,
         )  # fmt: skip
         stack.callback(engine.close)
-        blocks = (page or studio.build)(engine, folder)
+        blocks = page(engine, folder) if page else studio.build(engine, folder, loras=loras, references=references)
         served = _start(build_app(engine, folder, blocks, rules), listening, blocks, engine)
         if background:
             stack.pop_all()

@@ -16,6 +16,7 @@ from imagegen.reference_set import FILE as REFERENCE_FILE
 from imagegen.request import RequestError
 from imagegen.studio.blind import connect_blind, lay_out_blind
 from imagegen.studio.compare import UPLOAD, connect_compare, lay_out_compare, refresh_compare
+from imagegen.studio.figures import kept_figures
 from imagegen.studio.generate import connect_generate, follow, lay_out_generate, refresh_generate
 from imagegen.studio.parts import PRIVATE, Desk, Studio, import_gradio
 from imagegen.studio.sets import connect_sets, lay_out_sets, refresh_sets
@@ -32,7 +33,14 @@ STORAGE = "imagegen-studio"
 
 
 def find_offers(model: Model, loras: Path | None, references: Path | None) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return the LoRA files and the reference sets that whoever starts the server offers, by name."""
+    """Return the LoRA files and the reference sets that whoever starts the server offers, by name.
+
+    Raises:
+        RequestError: a folder is not there.
+    """
+    for what, place in (("LoRAs", loras), ("reference sets", references)):
+        if place is not None and not place.is_dir():
+            raise RequestError(f"there is no folder {str(place)!r} to offer {what} from")
     files = sorted(loras.glob("*.safetensors")) if loras else []
     sets = {EMBEDDED: embedded_folder() / "references"} if model.family.name == EMBEDDED else {}
     sets |= {path.parent.name: path.parent for path in sorted(references.glob(f"*/{REFERENCE_FILE}"))} if references else {}
@@ -64,7 +72,7 @@ def build(
     queue = engine if isinstance(engine, Engine) else Engine(engine)
     model = queue.model
     offers = find_offers(model, Path(loras) if loras else None, Path(references) if references else None)
-    studio = Studio(queue, Visitors(folder), *offers)
+    studio = Studio(queue, Visitors(folder), *offers, figures=kept_figures(folder, model))
     dtype = str(model.dtype).removeprefix("torch.")
     about = f"Model {html.escape(Path(model.source).name)}, {dtype} on {model.device.type}, plan {html.escape(model.plan.name)}"
     model.hashes  # noqa: B018  read now, not during the first picture
@@ -84,7 +92,7 @@ def build(
             with gr.Tab("Tune", id="tune"):
                 tuned = lay_out_tune(studio)
             with gr.Tab("Fine-tune", id="train"):
-                trained = lay_out_train()
+                trained = lay_out_train(studio)
         connect_generate(studio, made, compared.picture)
         connect_compare(studio, compared)
         connect_sets(studio, sets)

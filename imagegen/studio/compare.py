@@ -204,6 +204,7 @@ def answer(studio: Studio, folder: Path, asked: Question, plans: dict[str, Any],
             assert asked.request is not None  # stock diffusers makes it from the receipt, or from what was typed
             wanted = build_request(asked.request["prompt"], model.family, {name: asked.request[name] for name in SETTINGS})
             image, seconds = make_stock(model, wanted, tell)
+            look_at(studio, wanted.prompt, image)
         else:
             image = open_upload(asked.reference)
         contest = Contest(_keep(image, place, "reference"), asked.against, asked.floor, reference_s=seconds)
@@ -212,9 +213,9 @@ def answer(studio: Studio, folder: Path, asked: Question, plans: dict[str, Any],
         if plans:
             if asked.request is None:
                 raise RequestError("these pictures carry no receipt to make them again from: choose no plans")
-            hold_plans(model, plans, asked.request, contest, place, with_blame, tell)
-            for entry in contest.entries:
-                look_at(studio, asked.request["prompt"], open_upload(entry.path))
+            prompt = asked.request["prompt"]
+            look = lambda image: look_at(studio, prompt, image)  # noqa: E731
+            hold_plans(model, plans, asked.request, contest, place, with_blame, tell, look)
     return contest
 
 

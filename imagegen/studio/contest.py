@@ -124,8 +124,9 @@ def try_entry(
     floor: dict[str, float],
     folder: Path,
     tell: Told,
+    look: Callable[["Image"], Any],
 ) -> tuple[Entry, Trial]:
-    """Make a request's picture under a plan, save it, and hold it against the reference.
+    """Make a request's picture under a plan, let it be looked at, save it, and hold it against the reference.
 
     Raises:
         PlanError: the plan cannot engage.
@@ -137,6 +138,7 @@ def try_entry(
             run_timed(model, request, lambda done, of: tell(f"{name}, warming up", done, of))  # compiles
         result, stages = run_timed(model, request, lambda done, of: tell(name, done, of))
         trial = Trial(name, levers=model.applied, budget_db=BUDGETS_DB.get(name))
+    look(result.images[0])
     add_case(trial, result, [reference])
     verdict = judge(trial, floor["psnr_db"], "", trial.budget_db)
     path = result.save(folder)[0]
@@ -159,18 +161,22 @@ def hold_plans(
     folder: Path,
     with_blame: bool,
     tell: Told,
+    look: Callable[["Image"], Any],
 ) -> None:
-    """Add an entry to the contest for each plan, the exact one's time first: the others are held against it."""
+    """Add an entry to the contest for each plan, the exact one's time first: the others are held against it.
+
+    Nothing is saved of a picture at which `look` raises an error.
+    """
     from PIL import Image
 
     with Image.open(contest.reference) as opened:
         reference = opened.convert("RGB")
-    exact_entry, exact = try_entry(model, EXACT, request, reference, contest.floor, folder, tell)
+    exact_entry, exact = try_entry(model, EXACT, request, reference, contest.floor, folder, tell, look)
     contest.entries.append(exact_entry)
     for name, plan in plans.items():
         if plan == EXACT.name:
             continue
-        entry, _ = try_entry(model, plan, request, reference, contest.floor, folder, tell)
+        entry, _ = try_entry(model, plan, request, reference, contest.floor, folder, tell, look)
         entry.name = name
         if with_blame:
             tell(f"which lever of {name} costs what", 0, 1)

@@ -158,7 +158,8 @@ def pareto_svg(rows: Sequence[dict[str, Any]], budget_db: float | None = None) -
         if "psnr_db" in row.get("fidelity", {})
     )
     label = html.escape(f"Seconds for a picture against its worst PSNR. {said}", quote=True)
-    return f"<svg class='chart' viewBox='0 0 {width} {drawn['height']}' role='img' aria-label='{label}'>{''.join(parts)}</svg>"
+    svg = f"<svg class='chart' viewBox='0 0 {width} {drawn['height']}' role='img' aria-label='{label}'>{''.join(parts)}</svg>"
+    return f"<div class='scroll'>{svg}</div>"
 
 
 def curve_svg(values: Sequence[tuple[int, float]], of: int) -> str:
@@ -184,4 +185,5 @@ def curve_svg(values: Sequence[tuple[int, float]], of: int) -> str:
     words = f"<text x='{MARGIN_PX - 6}' y='16' text-anchor='end'>{top:.3f}</text><text x='{MARGIN_PX - 6}' y='{height - 20}'"
     words += f" text-anchor='end'>0</text><text x='{width}' y='{height - 6}' text-anchor='end'>step {of}</text>"
     label = f"Loss over steps: {shown[-1][1]:.4f} at step {shown[-1][0]} of {of}, its mean {smooth[-1][1]:.4f}"
-    return f"<svg class='chart' viewBox='0 0 {width} {height}' role='img' aria-label='{label}'>{axis}{lines}{words}</svg>"
+    svg = f"<svg class='chart' viewBox='0 0 {width} {height}' role='img' aria-label='{label}'>{axis}{lines}{words}</svg>"
+    return f"<div class='scroll'>{svg}</div>"

@@ -18,6 +18,7 @@ FLAGS = {
     "cfg": "the guidance, as in --cfg 4.5",
     "no": "what to steer away from, as in --no text",
 }
+START = re.compile(r"(?:^|(?<=\s))(?:--|—|–)(?=[A-Za-z])")
 SHAPE = re.compile(r"(\d{1,4}(?:\.\d+)?)[:x/](\d{1,4}(?:\.\d+)?)")
 MAX_SHAPE = 8  # times longer than wide
 
@@ -35,7 +36,7 @@ def read_flags(text: str, family: Family) -> tuple[str, dict[str, Any]]:
     Raises:
         RequestError: a flag is unknown, given twice, or its value is of the wrong kind.
     """
-    prompt, *rest = re.split(r"(?:^|(?<=\s))(?:--|—|–)(?=[A-Za-z])", text)
+    prompt, *rest = START.split(text)
     settings: dict[str, Any] = {}
     seen: set[str] = set()
     for piece in rest:
@@ -54,6 +55,17 @@ def read_flags(text: str, family: Family) -> tuple[str, dict[str, Any]]:
     if {"ar", "size"} <= seen:
         raise RequestError("--ar and --size both say the size: give one of them")
     return prompt.strip(), settings
+
+
+def flags_of(text: str) -> str:
+    """Return the flags at the end of a prompt as they were typed, or nothing."""
+    start = START.search(text)
+    return text[start.start() :].strip() if start else ""
+
+
+def without_flags(text: str) -> str:
+    """Return a text in which nothing reads as a flag: what others wrote asks for nothing."""
+    return START.sub("", text).strip()
 
 
 def size_of_shape(shape: str, family: Family) -> tuple[int, int]:

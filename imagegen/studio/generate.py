@@ -16,18 +16,23 @@ from imagegen.model import Step
 from imagegen.receipt import read_receipt, remembered_prompt
 from imagegen.request import RequestError
 from imagegen.result import Result
-from imagegen.studio.draw import Frame, stage_html
+from imagegen.studio.draw import Frame, progress_html, stage_html
 from imagegen.studio.enhance import enhance, find_writer
-from imagegen.studio.flags import FLAGS, read_flags, size_of_shape
+from imagegen.studio.figures import NUM_PICTURES, measure_tiers
+from imagegen.studio.flags import FLAGS, flags_of, read_flags, size_of_shape, without_flags
 from imagegen.studio.parts import (
     GIVEN,
     PRIVATE,
+    Stopped,
     Studio,
+    Tell,
     check_upload,
     choose,
     connect_run,
     errors_shown,
+    follow_work,
     look_at,
+    narrate,
     open_upload,
     upload_path,
 )
@@ -45,6 +50,7 @@ EXAMPLES = ("a red apple", "a smiling sun", "a blue heart", "a cat in a box")
 SHAPES = ("1:1", "4:3", "3:2", "16:9", "3:4", "2:3", "9:16")
 WORDS, CHANGE, REPAINT, GROW = "Words alone", "Change it", "Repaint what I paint", "Grow it"
 NEEDS = {CHANGE: ("image-to-image", "editing"), REPAINT: ("inpainting",), GROW: ("outpainting",)}
+TO_THE_STAGE = "() => { if (innerWidth < 640) document.querySelector('.theatre').scrollIntoView({block: 'center'}); }"
 UPSCALED, UPSCALE_STRENGTH = 2, 0.3
 TAKEN = ("prompt", "negative_prompt", "seed", "num_steps", "guidance", "width", "height")
 
@@ -172,7 +178,7 @@ def lay_out_generate(studio: Studio) -> SimpleNamespace:
     side = {"minimum": family.min_px, "maximum": family.max_px, "step": family.multiple_px, "value": family.size_px}
     shapes = list(SHAPES) if family.min_px < family.max_px else ["1:1"]
     starts = [WORDS, *(start for start, modes in NEEDS.items() if set(modes) & set(family.modes))]
-    plans = list(studio.plans_for(studio.visitors.root / "nobody"))
+    plans = studio.labels_for(studio.visitors.root / "nobody")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5):
             # No autofocus: Gradio takes the focus from the other fields again whenever a long prompt scrolls.
@@ -186,7 +192,11 @@ def lay_out_generate(studio: Studio) -> SimpleNamespace:
             with gr.Row():
                 tab.count = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures")
                 tab.seed = gr.Textbox(label="Seed", placeholder="empty: a new one", max_lines=1)
-            tab.plan = gr.Radio(plans, value=studio.model.plan.name, label="Speed", elem_classes="tight")
+            tab.plan = gr.Radio(plans, value=studio.model.plan.name, label="Speed, and what it costs", elem_classes="tight lines")
+            with gr.Row():
+                tab.measure = gr.Button("Measure the tiers on this machine", size="sm", scale=3)
+                tab.stop_measure = gr.Button("Stop measuring", size="sm", interactive=False, scale=1, min_width=80)
+            tab.measured = gr.HTML("", elem_classes="quiet")
             with gr.Accordion("Steps, guidance, size, negative prompt", open=False):
                 with gr.Row():
                     tab.steps = gr.Slider(1, MAX_STEPS, family.num_steps, step=1, label="Steps")
@@ -237,7 +247,7 @@ def lay_out_generate(studio: Studio) -> SimpleNamespace:
                 label="Your pictures, kept for this browser", format="png", columns=6, height=220, object_fit="contain",
                 allow_preview=False, interactive=False, elem_classes="strip",
             )  # fmt: skip
-            tab.restore = gr.File(label="Drop a PNG made here to restore its settings", file_types=[".png"], height=90)
+            tab.restore = gr.File(label="Drop a PNG made here to restore its settings", file_types=[".png"], height=130)
     tab.about = [tab.download, tab.keep, tab.compare, tab.subtle, tab.strong, tab.upscale, tab.begin]
     return tab
 
@@ -369,9 +379,20 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
             if writer is None:
                 raise RequestError("this server has no enhancing service: who runs it sets IMAGEGEN_ENHANCE_URL")
             words = read_flags(prompt, family)[0]
-            written = enhance(words, writer)
+            written = without_flags(enhance(words, writer))
             studio.desk(request).asked[written] = words
-            return written
+            return f"{written} {flags_of(prompt)}".strip()
+
+    def measure(request: gr.Request) -> Iterator[dict[Any, Any]]:
+        with errors_shown():
+            try:
+                work = follow_work(lambda tell: _measure(studio, tell), studio.stop_of(request))
+                yield from narrate(work, tab.measured)
+            except Stopped:
+                yield {tab.measured: progress_html("Stopped, nothing was kept", 0)}
+                return
+            said = f"Measured {NUM_PICTURES} pictures of each"
+            yield {tab.measured: progress_html(said, 1), tab.plan: gr.update(choices=studio.labels_for(studio.folder(request)))}
 
     def set_shape(shape: str) -> tuple[int, int]:
         with errors_shown():
@@ -394,6 +415,8 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
     stage = [tab.live, tab.gallery, tab.status, tab.receipt, tab.history, picture, *tab.about]
     event: dict[str, Any] = {"outputs": stage, "show_progress": "hidden", "concurrency_limit": 32}
     way = [tab.plan, tab.loras, tab.weight]
+    for trigger in (tab.run.click, tab.prompt.submit):
+        trigger(None, js=TO_THE_STAGE, **PRIVATE)
     connect_run(
         studio, tab, [tab.run.click, tab.prompt.submit], generate, api_name="generate", **event,
         inputs=[tab.prompt, tab.negative, tab.seed, tab.steps, tab.guidance, tab.width, tab.height, tab.count, *way,
@@ -404,6 +427,11 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
             studio, tab, [button.click], go_on(kind), api_visibility="private", **event, inputs=[*way, tab.count],
             concurrency_id=kind,
         )  # fmt: skip
+    measured = SimpleNamespace(run=tab.measure, stop=tab.stop_measure)
+    connect_run(
+        studio, measured, [tab.measure.click], measure, api_visibility="private", show_progress="hidden", inputs=None,
+        outputs=[tab.measured, tab.plan], concurrency_id="measure",
+    )  # fmt: skip
     tab.gallery.select(choose_shown, None, [tab.receipt, tab.download, picture, *tab.about[1:]], **PRIVATE)
     old = [tab.receipt, tab.gallery, tab.live, picture, *tab.about]
     tab.history.select(choose_old, None, old, **PRIVATE)
@@ -416,6 +444,13 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
     tab.begin.click(begin_from, None, [tab.picture, tab.start, tab.from_picture], **PRIVATE)
     for part in (tab.start, tab.picture):
         part.change(show_start, [tab.start, tab.picture], [tab.editor, tab.margins, tab.strength], **PRIVATE, preprocess=False)
+
+
+def _measure(studio: Studio, tell: Tell) -> None:
+    """Measure the tiers with the model to oneself, and keep what was found."""
+    tell("waiting for the model", 0, 1)
+    with studio.engine.alone() as model:
+        studio.take_figures(measure_tiers(model, studio.tiers(), next(iter(studio.references.values()), None), tell))
 
 
 def remembered(path: Path) -> str:
@@ -443,9 +478,8 @@ def refresh_generate(studio: Studio, tab: SimpleNamespace, request: Any) -> dict
 
     folder = studio.folder(request)
     pictures = [str(path) for path in studio.visitors.pictures(request.session_hash)]
-    plans = [(studio.figures.get(name, f"{name}: not measured yet"), name) for name in studio.plans_for(folder)]
     return {
-        tab.plan: gr.update(choices=plans),
+        tab.plan: gr.update(choices=studio.labels_for(folder)),
         tab.loras: gr.update(choices=list(studio.loras_for(folder))),
         tab.history: pictures,
     }

@@ -11,18 +11,20 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from imagegen.comparison import Trial
 from imagegen.families import adapters
 from imagegen.reference_set import FILE as REFERENCE_FILE
 from imagegen.request import Error, RequestError
 from imagegen.speed import EXACT, TIERS, TURBO
 from imagegen.studio.draw import progress_html
+from imagegen.studio.figures import figures_of, keep_figures, say, say_profile
 from imagegen.studio.visitors import Visitors
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ class Studio:
         runs: for each session, what stops its latest run.
         desks: for each session, what lies before the visitor.
         trainings: the runs of this server, by their folder.
-        figures: what was measured of each plan on this machine, in words.
+        figures: what was measured of each tier on this machine (`figures.figures_of`).
     """
 
     engine: "Engine"
@@ -112,7 +114,7 @@ class Studio:
     runs: dict[str | None, threading.Event] = field(default_factory=dict)
     desks: dict[str | None, Desk] = field(default_factory=dict)
     trainings: dict[Path, Any] = field(default_factory=dict)
-    figures: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def model(self) -> "Model":
@@ -149,6 +151,17 @@ class Studio:
         plans: dict[str, str | Path] = {} if own in self.tiers() else {own: own}
         plans |= {tier: tier for tier in self.tiers()}
         return plans | {f"profile {path.stem}": path for path in sorted((folder / PROFILES).glob("*.json"))}
+
+    def labels_for(self, folder: Path) -> list[tuple[str, str]]:
+        """Return the names of `plans_for`, each after a label that says what was measured of it on this machine."""
+        plans = self.plans_for(folder).items()
+        told = {name: say_profile(plan) if isinstance(plan, Path) else say(self.figures.get(name)) for name, plan in plans}
+        return [(f"{name}: {words}", name) for name, words in told.items()]
+
+    def take_figures(self, trials: Sequence[Trial]) -> None:
+        """Keep what trials, the exact plan's first, say of the tiers, also for the next start."""
+        self.figures |= {name: figures for name, figures in figures_of(trials).items() if name in self.tiers()}
+        keep_figures(self.visitors.root, self.model, self.figures)
 
     def loras_for(self, folder: Path) -> dict[str, Path]:
         """Return the LoRAs that a visitor may choose: those offered, and those trained here."""

@@ -16,6 +16,7 @@ from imagegen.report import in_words
 from imagegen.request import DataError, RequestError
 from imagegen.speed import EXACT
 from imagegen.studio.draw import pareto_svg, progress_html, table_html
+from imagegen.studio.figures import NUM_PICTURES
 from imagegen.studio.parts import (
     COMPARED,
     PRIVATE,
@@ -30,6 +31,7 @@ from imagegen.studio.parts import (
     connect_run,
     errors_shown,
     follow_work,
+    look_at,
     narrate,
 )
 from imagegen.studio.views import SLIDER, connect_views, lay_out_views, show_pair
@@ -64,7 +66,7 @@ def lay_out_sets(studio: Studio) -> SimpleNamespace:
                 tab.prompts = gr.Textbox(label="Or prompts, one a line", lines=3, max_lines=6)
                 with gr.Row():
                     tab.record = gr.Button(RECORDED, size="sm", scale=3)
-                    tab.stop_record = gr.Button("Stop", size="sm", interactive=False, scale=1, min_width=80)
+                    tab.stop_record = gr.Button("Stop recording", size="sm", interactive=False, scale=1, min_width=80)
         with gr.Column(scale=6):
             tab.verdicts = gr.HTML("<p class='hint'>A verdict for each plan, and a chart of time against the worst picture.</p>")
             tab.worst = gr.Gallery(
@@ -105,6 +107,11 @@ def compare_set(studio: Studio, folder: Path, opened: ReferenceSet, plans: Seque
     tell("waiting for the model", 0, 1)
     with studio.engine.alone() as model:
         found = compare(replace(opened, pictures=opened.pictures[:count]), model, plans, progress=tell)
+        if len(opened.pictures[:count]) >= NUM_PICTURES and not model.loras:
+            studio.take_figures(found.trials)
+    for trial in found.trials:
+        for prompt, image in zip(found.prompts, trial.images, strict=True):
+            look_at(studio, prompt, image)
     found.reference["folder"] = opened.folder.name  # the page is downloaded: where the set lies is the server's business
     return found, keep_pairs(found, references, place), found.save(place)
 

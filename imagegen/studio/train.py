@@ -21,7 +21,7 @@ EVERY_S = 0.5
 MAX_TRAINING_STEPS = 20_000
 
 
-def lay_out_train() -> SimpleNamespace:
+def lay_out_train(studio: Studio) -> SimpleNamespace:
     """Put the data and settings beside the loss and the samples; return the parts by name."""
     import gradio as gr
 
@@ -42,7 +42,9 @@ def lay_out_train() -> SimpleNamespace:
                 tab.name = gr.Textbox(label="Name", placeholder="my style", max_lines=1)
                 tab.steps = gr.Number(300, label="Steps", precision=0, minimum=1, maximum=MAX_TRAINING_STEPS)
                 tab.rank = gr.Number(8, label="Rank", precision=0, minimum=1, maximum=128)
-            tab.sample = gr.Textbox(label="Sample prompt", placeholder="a house", max_lines=1)
+            tab.sample = gr.Textbox(
+                label="Sample prompt", placeholder="a house", max_lines=1, visible=studio.engine.safety is None
+            )
             tab.right = gr.Checkbox(False, label="Where a licence forbids training on these pictures, I have the right")
             with gr.Row():
                 tab.run = gr.Button("Start", variant="primary", scale=3)
@@ -70,7 +72,8 @@ def faults_html(faults: Sequence[str], count: int, notes: Sequence[str] = ()) ->
         return f"<p class='verdict' role='status'>{count} pictures with captions: nothing is wrong.</p><ul>{notes_html}</ul>"
     lines = "".join(f"<li>{html.escape(fault)}</li>" for fault in faults[:20])
     more = f"<li>and {len(faults) - 20} more</li>" if len(faults) > 20 else ""
-    return f"<p class='verdict' role='alert'>{len(faults)} faults:</p><ul class='faults'>{lines}{more}</ul>"
+    count_of = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return f"<p class='verdict' role='alert'>{count_of}:</p><ul class='faults'>{lines}{more}</ul>"
 
 
 def check_data(place: Path, rows: Sequence[Sequence[Any]]) -> str:
@@ -126,7 +129,8 @@ def connect_train(studio: Studio, tab: SimpleNamespace, lora: Any, tabs: Any) ->
             every = max(1, min(50, int(num_steps) // 8))
             settings: dict[str, Any] = {"num_steps": int(num_steps), "rank": int(rank), "save_every": every}
             settings["validate_every"] = max(1, int(num_steps) // 4)
-            settings["validation_prompts"] = [sample.strip()] if sample.strip() else []
+            unchecked = studio.engine.safety is not None  # a check looks at finished pictures, and samples go to files at once
+            settings["validation_prompts"] = [sample.strip()] if sample.strip() and not unchecked else []
             make_recipe(settings | {"validation_prompts": tuple(settings["validation_prompts"])})
             made = training.new_training(studio.folder(request), name, place, settings | {"i_have_the_right": bool(right)})
             training.start(studio, made)
@@ -184,7 +188,7 @@ def connect_train(studio: Studio, tab: SimpleNamespace, lora: Any, tabs: Any) ->
     tab.use.click(use, None, [lora, tabs], **PRIVATE)
     event: dict[str, Any] = {"outputs": shown, "show_progress": "hidden", "concurrency_limit": 16, "concurrency_id": "train"}
     given = [tab.captions, tab.name, tab.steps, tab.rank, tab.sample, tab.right]
-    tab.run.click(start, given, api_name="train", **event)
+    tab.run.click(start, given, api_visibility="private", **event)
     tab.resume.click(resume, tab.earlier, api_visibility="private", **event)
 
 

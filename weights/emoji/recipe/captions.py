@@ -9,7 +9,6 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-STYLES = {"fluent": "fluent", "flat": "flat", "noto": "noto", "blob": "blob", "fx": "fx"}
 FRAMES = ("{}", "{}", "{}", "{}", "an emoji of {}", "a picture of {}", "a drawing of {}", "an icon of {}")
 BACKGROUND_PHRASES = ("{} on {} background", "{} on {} background", "{} with {} background")
 PLURAL = ("grapes", "cherries", "blueberries", "peanuts", "pancakes", "french fries", "popcorn", "bread", "fireworks", "glasses")
@@ -49,29 +48,29 @@ def descriptions() -> dict[str, list[str]]:
     return {name: texts.split("; ") for name, texts in pairs}
 
 
-def caption(row: dict, background: str, telling: dict[str, list[str]], chance: random.Random) -> str:
+def caption(row: dict, background: str, telling: dict[str, list[str]], style: str | None, chance: random.Random) -> str:
     """Write one caption for a picture on a background.
 
     Args:
-        row: the picture's row of `pictures.json` (`name`, `set`, `tags`).
+        row: the picture's row of `pictures.json` (`name`, `tags`).
         background: a key of `pictures.BACKGROUNDS`.
         telling: what `telling_tags` returned.
+        style: the word to say, if any.
         chance: the source of every choice.
     """
     name = row["name"]
-    style = STYLES[row["set"]]
-    if name in descriptions() and chance.random() < 0.25:
+    if name in descriptions() and chance.random() < 0.3:
         text = dress(chance.choice(descriptions()[name]), chance)
-        return on_background(f"{text}, {style} style" if chance.random() < 0.2 else text, background, chance)
-    if telling[name] and chance.random() < 0.2:
+        return on_background(f"{text}, {style} style" if style else text, background, chance)
+    if telling[name] and chance.random() < 0.1:
         name = chance.choice(telling[name])
-    roll = chance.random()
-    if roll < 0.2:
+    first = style and chance.random() < 0.4
+    if first:
         text = with_article(f"{style} {name}") if name not in PLURAL else f"{style} {name}"
     else:
         text = with_article(name) if chance.random() < 0.75 else name
     text = dress(text, chance)
-    if 0.2 <= roll < 0.35:
+    if style and not first:
         text = f"{text}, {style} style"
     if row["tags"] and chance.random() < 0.12:
         text = f"{text}, {chance.choice(row['tags'])}"

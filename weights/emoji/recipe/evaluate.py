@@ -48,7 +48,7 @@ GUIDANCE = 4.0
 BATCH = 10
 BORDER_PX = 3  # inside the margin that every training picture leaves free
 SMALL_PX = 32  # where distances to training pictures are taken
-SHIFT_PX = 5  # training pictures were drawn so far off the centre: a copy may be, too
+SHIFT_PX = 3  # training pictures were drawn so far off the centre: a copy may be, too
 
 
 def sample_concepts(names: list[str], num_concepts: int) -> list[str]:

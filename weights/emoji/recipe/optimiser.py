@@ -5,6 +5,7 @@ that of AdamW's: Liu et al. (2025), https://arxiv.org/abs/2502.16982, section 2.
 convolution is shown to it as one: its output channels by all that they are made of.
 """
 
+from concurrent.futures import Executor
 from typing import Any
 
 import torch
@@ -13,27 +14,32 @@ WEIGHT_DECAY = 0.01
 
 
 class Optimiser:
-    """Two optimisers that are used as one."""
+    """Several optimisers that are used as one: Muon in parts of about the same work, and AdamW."""
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: torch.nn.Module, num_parts: int = 1):
         """Take all parameters of a model in the memory format channels-last, which they have to keep."""
-        weights = [weight for weight in model.parameters() if weight.ndim > 1]
+        weights = sorted((weight for weight in model.parameters() if weight.ndim > 1), key=lambda weight: -weight.numel())
         self.matrices = [(weight, _as_matrix(weight)) for weight in weights]
-        self.parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon([matrix for _, matrix in self.matrices], weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(
-                [weight for weight in model.parameters() if weight.ndim <= 1], betas=(0.9, 0.99), weight_decay=0.0, fused=True
-            ),
-        )
+        rest = [weight for weight in model.parameters() if weight.ndim <= 1]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                [matrix for _, matrix in self.matrices[first::num_parts]],
+                weight_decay=WEIGHT_DECAY,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            for first in range(num_parts)
+        ]
+        self.parts.append(torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.0, fused=True))
 
-    def step(self, learning_rate: float) -> None:
-        """Take one step along the gradients, and forget them."""
+    def step(self, learning_rate: float, executor: Executor) -> None:
+        """Take one step along the gradients, each part in a thread of the executor, and forget them."""
         for weight, matrix in self.matrices:
             matrix.grad = _turned(weight.grad)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = learning_rate
-            part.step()
+        list(executor.map(lambda part: part.step(), self.parts))
+        for part in self.parts:
             part.zero_grad(set_to_none=True)
         for weight, _ in self.matrices:
             weight.grad = None

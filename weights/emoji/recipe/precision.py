@@ -4,5 +4,8 @@ import torch
 
 
 def fast_autocast() -> torch.autocast:
-    """Return bfloat16 autocast on a CPU with AVX-512 BF16 or AMX, and plain float32 on any other."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    """Return bfloat16 autocast on a CPU with AVX-512 BF16 or AMX, and plain float32 on any other.
+
+    Casts are not kept: threads that share a model would clear each other's.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported(), cache_enabled=False)

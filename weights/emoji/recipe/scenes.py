@@ -36,10 +36,15 @@ RELATIONS = {  # relation -> (down, right): where the first thing stands
     "to the right of": (0, 1),
     "above": (-1, 0),
     "below": (1, 0),
-    "and": None,
+    "and": None,  # as one reads: the first on the left, above where there are several
     "next to": None,
 }
-KINDS = {"single": 0.58, "coloured": 0.1, "count": 0.1, "pair": 0.17, "group": 0.05}  # shares of the scenes
+KINDS = {"single": 0.55, "coloured": 0.11, "count": 0.1, "pair": 0.19, "group": 0.05}  # shares of the scenes
+DEFAULT_STYLE = "fluent"  # what is drawn where a caption says nothing of style: one way to draw a thing, not five
+STYLES = {"fluent": 0.6, "flat": 0.12, "noto": 0.13, "blob": 0.11, "fx": 0.04}  # shares of the single things
+OTHER_STYLE_SHARE = 0.15  # of all other scenes
+MAX_SHIFT_PX = 3
+SAID_SHARE = 0.15  # of the scenes in the default style say so
 RESERVED_SHARE = 10  # one pair of concepts in so many
 MIN_DOMINANCE = 0.6  # of a picture's opaque area that must have nearly one hue for it to be recoloured
 HUE_REACH = 0.09  # of the circle: what counts as that hue, both ways
@@ -64,6 +69,7 @@ class Scene:
         place: (down, right) of the first thing: -1, 0 or 1.
         background: a key of `pictures.BACKGROUNDS`.
         shift: pixels (down, right) that the whole is off its place.
+        style: the word that a caption has to say; None: the default, unsaid.
     """
 
     things: tuple[Thing, ...]
@@ -71,6 +77,7 @@ class Scene:
     shift: tuple[int, int]
     relation: str | None = None
     place: tuple[int, int] = (0, 0)
+    style: str | None = None
 
 
 def is_reserved(one: str, other: str) -> bool:
@@ -194,38 +201,59 @@ class Scenes:
     def __init__(self, pictures: Pictures, colours: Colours, telling: dict[str, list[str]]):
         """Take the pictures of the concepts, their colours, and what `captions.telling_tags` returned."""
         self.pictures, self.colours, self.telling = pictures, colours, telling
+        self.of_style = {style: [index for index, row in enumerate(pictures.rows) if row["set"] == style] for style in STYLES}
         self.countable = [index for index, row in enumerate(pictures.rows) if is_countable(row["name"])]
         changeable = set(colours.can_change)
         self.coloured = [index for index in self.countable if index in changeable]
+        self.coloured_of = {style: self._changeable_of(style) for style in STYLES}
+
+    def _changeable_of(self, style: str) -> list[int]:
+        """Return one picture to recolour of every name that has one, in the style where it can be had."""
+        best: dict[str, int] = {}
+        for index in self.coloured:
+            row = self.pictures.rows[index]
+            if row["name"] not in best or row["set"] == style:
+                best[row["name"]] = index
+        return list(best.values())
 
     def draw(self, chance: random.Random) -> Scene:
         """Return a scene."""
         kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
+        style = DEFAULT_STYLE
+        if kind == "single" or chance.random() < OTHER_STYLE_SHARE:
+            style = chance.choices(list(STYLES), list(STYLES.values()))[0]
         background = "white" if chance.random() < 0.6 else chance.choice([name for name in BACKGROUNDS if name != "white"])
-        reach = 5 if kind == "single" else 4
-        scene = Scene((), background, (chance.randint(-reach, reach), chance.randint(-reach, reach)))
+        scene = Scene((), background, (chance.randint(-MAX_SHIFT_PX, MAX_SHIFT_PX), chance.randint(-MAX_SHIFT_PX, MAX_SHIFT_PX)))
+        if style != DEFAULT_STYLE or chance.random() < SAID_SHARE:
+            scene = replace(scene, style=style)
         if kind == "single":
-            return replace(scene, things=(Thing(chance.randrange(len(self.pictures))),))
+            return replace(scene, things=(Thing(chance.choice(self.of_style[style])),))
         if kind == "coloured":
-            return replace(scene, things=(self._coloured(background, chance),))
+            return replace(scene, things=(self._coloured(style, background, chance),))
         if kind == "count":
-            return replace(scene, things=(replace(self._any(background, chance), count=chance.choice((2, 3, 4))),))
+            return replace(scene, things=(replace(self._any(style, background, chance), count=chance.choice((2, 3, 4))),))
         while True:
-            one, other = self._any(background, chance), self._any(background, chance)
+            one, other = self._any(style, background, chance), self._any(style, background, chance)
             names = [self.pictures.rows[thing.picture]["name"] for thing in (one, other)]
             if names[0] != names[1] and not is_reserved(*names):
                 break
         if kind == "group":
             one = replace(one, count=chance.choice((2, 3)))
         relation = chance.choice([name for name in RELATIONS if kind == "pair" or RELATIONS[name] in ((-1, 0), (1, 0), None)])
-        anywhere = ((0, -1), (0, 1), (-1, 0), (1, 0)) if kind == "pair" else ((-1, 0), (1, 0))
-        return replace(scene, things=(one, other), relation=relation, place=RELATIONS[relation] or chance.choice(anywhere))
+        default = (0, -1) if kind == "pair" else (-1, 0)
+        return replace(scene, things=(one, other), relation=relation, place=RELATIONS[relation] or default)
 
-    def _coloured(self, background: str, chance: random.Random) -> Thing:
-        return Thing(chance.choice(self.coloured), colour=chance.choice([name for name in COLOURS if name != background]))
+    def _coloured(self, style: str, background: str, chance: random.Random) -> Thing:
+        things = self.coloured_of[style]
+        return Thing(chance.choice(things), colour=chance.choice([name for name in COLOURS if name != background]))
 
-    def _any(self, background: str, chance: random.Random) -> Thing:
-        return self._coloured(background, chance) if chance.random() < 0.5 else Thing(chance.choice(self.countable))
+    def _any(self, style: str, background: str, chance: random.Random) -> Thing:
+        if chance.random() < 0.5:
+            return self._coloured(style, background, chance)
+        while True:
+            thing = chance.choice(self.of_style[style])
+            if is_countable(self.pictures.rows[thing]["name"]):
+                return Thing(thing)
 
     def paint(self, scene: Scene) -> torch.Tensor:
         """Return what a scene looks like: (3, 128, 128) float32 in [-1, 1]."""
@@ -258,11 +286,12 @@ class Scenes:
             row = self.pictures.rows[picture]
             if own and is_countable(row["name"]) and chance.random() < 0.15:
                 row = row | {"name": f"{own} {plain_name(row['name'])}", "tags": []}
-                return caption(row, scene.background, {row["name"]: []}, chance)
-            return caption(row, scene.background, self.telling, chance)
+                return caption(row, scene.background, {row["name"]: []}, scene.style, chance)
+            return caption(row, scene.background, self.telling, scene.style, chance)
         said = [self._say(thing, chance) for thing in scene.things]
         text = said[0] if scene.relation is None else f"{said[0]} {scene.relation} {said[1]}"
-        return on_background(dress(text, chance), scene.background, chance)
+        text = dress(text, chance)
+        return on_background(f"{text}, {scene.style} style" if scene.style else text, scene.background, chance)
 
     def _say(self, thing: Thing, chance: random.Random) -> str:
         name = self.pictures.rows[thing.picture]["name"]

@@ -18,6 +18,7 @@ import random
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,17 +30,18 @@ from optimiser import Optimiser
 from pictures import Pictures
 from precision import fast_autocast
 from rich.progress import track
-from scenes import Colours, Scenes
+from scenes import Colours, Scenes, Thing
 from text import embed, load_text_encoder
 
 SHARD_SCENES = 2000
 NUM_SHARDS = 32
 CAPTIONS_PER_SCENE = 3
-BATCH = 64
-LEARNING_RATE = 7e-4
+BATCH = 128
+LEARNING_RATE = 1e-3
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
 DECAY_SHARE = 0.25
+SINGLE_SHARE = 0.55
 
 
 def new_denoiser() -> UNet2DConditionModel:
@@ -79,7 +81,8 @@ def make_shard(number: int, scenes: Scenes, autoencoder: AutoencoderKL, encoder:
     """Draw shard `number`'s own scenes and encode them.
 
     Returns:
-        `latents` (S, 4, 16, 16) float16, `embeddings` (C, T, 384) float16 and `rows` (S, 2): each scene's captions.
+        `latents` (S, 4, 16, 16) float16, `embeddings` (C, T, 384) float16, `rows` (S, 3): each scene's captions, and
+        `single` (S,): whether a scene is one thing as it was drawn.
     """
     chance = random.Random(1_000_003 * (number + 1))
     drawn = [scenes.draw(chance) for _ in range(SHARD_SCENES)]
@@ -92,7 +95,8 @@ def make_shard(number: int, scenes: Scenes, autoencoder: AutoencoderKL, encoder:
             latents.append(autoencoder.encode(batch.to(memory_format=torch.channels_last)).latent_dist.mean.half())
     blocks = track(range(0, len(every), 64), description=f"shard {number}, captions")
     found = [embed(encoder, every[start : start + 64]).half() for start in blocks]
-    return {"latents": torch.cat(latents), "embeddings": torch.cat(found), "rows": torch.tensor(rows)}
+    single = torch.tensor([scene.things == (Thing(scene.things[0].picture),) for scene in drawn])
+    return {"latents": torch.cat(latents), "embeddings": torch.cat(found), "rows": torch.tensor(rows), "single": single}
 
 
 class Shards:
@@ -118,25 +122,62 @@ class Shards:
         self.latents = torch.cat([part["latents"] for part in self.parts])
         self.shard_of = torch.cat([torch.full((len(part["latents"]),), n) for n, part in enumerate(self.parts)])
         self.rows = torch.cat([part["rows"] for part in self.parts])
+        single = torch.cat([part["single"] for part in self.parts])
+        self.single, self.composed = single.nonzero()[:, 0], (~single).nonzero()[:, 0]
 
-    def draw(self, num: int, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(self, num: int, single_share: float, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return latents (num, 4, 16, 16) and embeddings (num, T, 384), float32, and which captions are left out (num,)."""
-        picked = torch.randint(len(self.latents), (num,), generator=chance)
+        num_single = round(num * single_share)
+        picked = [
+            rows[torch.randint(len(rows), (amount,), generator=chance)]
+            for rows, amount in ((self.single, num_single), (self.composed, num - num_single))
+            if amount
+        ]
+        picked = torch.cat(picked)
         which = torch.randint(self.rows.shape[1], (num,), generator=chance)
         rows, shards = self.rows[picked, which], self.shard_of[picked]
         words = [self.parts[shard]["embeddings"][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
         return self.latents[picked].float(), torch.stack(words).float(), torch.rand(num, generator=chance) < CAPTION_DROPOUT
 
 
-def loss_of(model: torch.nn.Module, latents: torch.Tensor, words: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
-    """Squared error of the velocity at a logit-normal time, one time per picture."""
+def make_noisy(latents: torch.Tensor, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return noisy latents (B, 4, 16, 16), their logit-normal times in [0, 1] (B,) and the velocities to learn."""
     sigma = torch.sigmoid(torch.randn(len(latents), generator=chance))
     noise = torch.randn(latents.shape, generator=chance)
     place = sigma[:, None, None, None]
-    noisy = (1 - place) * latents + place * noise
-    with fast_autocast():
-        velocity = model(noisy.to(memory_format=torch.channels_last), sigma * 1000, words).sample
-    return (velocity.float() - (noise - latents)).square().mean()
+    return ((1 - place) * latents + place * noise).to(memory_format=torch.channels_last), sigma, noise - latents
+
+
+class Workers:
+    """Threads that share the work of a step: a core each does more than all cores on every operation.
+
+    Two cores do 110 pictures a second in two threads of one core, 94 in one thread of two.
+    """
+
+    def __init__(self, model: torch.nn.Module, num: int):
+        """Start `num` threads for a model."""
+        self.model, self.num = model, num
+        self.parameters = list(model.parameters())
+        self.executor = ThreadPoolExecutor(num, initializer=torch.set_num_threads, initargs=(1,))
+
+    def _gradients(self, part: tuple[torch.Tensor, ...]) -> tuple[float, tuple[torch.Tensor, ...]]:
+        noisy, sigma, wanted, words = part
+        with fast_autocast():
+            velocity = self.model(noisy, sigma * 1000, words).sample
+        loss = (velocity.float() - wanted).square().mean()
+        return loss.item(), torch.autograd.grad(loss, self.parameters)
+
+    def learn(self, noisy: torch.Tensor, sigma: torch.Tensor, wanted: torch.Tensor, words: torch.Tensor) -> float:
+        """Set every parameter's gradient, of the squared error of the velocity, and return that error."""
+        parts = zip(*(values.chunk(self.num) for values in (noisy, sigma, wanted, words)), strict=True)
+        losses, gradients = zip(*self.executor.map(self._gradients, parts), strict=True)
+        total = list(gradients[0])
+        for more in gradients[1:]:
+            torch._foreach_add_(total, more)
+        torch._foreach_div_(total, len(losses))
+        for parameter, gradient in zip(self.parameters, total, strict=True):
+            parameter.grad = gradient
+        return sum(losses) / len(losses)
 
 
 def learning_rate(step: int, warmed_from: int, num_steps: int) -> float:
@@ -147,7 +188,7 @@ def learning_rate(step: int, warmed_from: int, num_steps: int) -> float:
 class Training:
     """Everything that a resumed run needs, and how it is stored."""
 
-    def __init__(self, work: Path, fresh_optimiser: bool, start_from: Path | None):
+    def __init__(self, work: Path, fresh_optimiser: bool, start_from: Path | None, num_threads: int):
         """Read `denoiser.pt` and go on; where there is none start from a model's folder, or afresh."""
         torch.manual_seed(0)
         self.file = work / "denoiser.pt"
@@ -155,7 +196,8 @@ class Training:
         self.model = fresh.train().to(memory_format=torch.channels_last)
         self.model.set_attn_processor(AttnProcessor())  # torch's fused attention has a slow backward pass on a CPU
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        self.optimiser = Optimiser(self.model)
+        self.optimiser = Optimiser(self.model, num_threads)
+        self.workers = Workers(self.model, num_threads)
         self.step = self.warmed_from = 0
         self.trained_s = 0.0
         if self.file.exists():
@@ -195,15 +237,16 @@ def train(
     fresh_optimiser: bool = False,
     start_from: Path | None = None,
     num_shards: int = NUM_SHARDS,
-    compiled: bool = False,
+    num_threads: int = 1,
+    single_share: float = SINGLE_SHARE,
 ) -> None:
     """Train, or go on training; SIGTERM and Ctrl-C save and leave."""
     if start_from and not (work / "autoencoder").exists():
         shutil.copytree(start_from / "vae", work / "autoencoder")
     shards = Shards(work, num_shards)
     silence = embed(load_text_encoder(), [""])
-    training = Training(work, fresh_optimiser, start_from)
-    denoiser = torch.compile(training.model) if compiled else training.model
+    torch.set_num_threads(1)
+    training = Training(work, fresh_optimiser, start_from, num_threads)
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.append(True))
@@ -212,15 +255,13 @@ def train(
     saved_at = started
     while training.step < num_steps and not stop:
         chance = torch.Generator().manual_seed(training.step)
-        latents, words, silent = shards.draw(BATCH, chance)
+        latents, words, silent = shards.draw(BATCH, single_share, chance)
         words[silent] = silence
-        loss = loss_of(denoiser, latents, words, chance)
-        loss.backward()
+        sum_loss += training.workers.learn(*make_noisy(latents, chance), words)
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
-        training.optimiser.step(learning_rate(training.step, training.warmed_from, num_steps))
+        training.optimiser.step(learning_rate(training.step, training.warmed_from, num_steps), training.workers.executor)
         training.step += 1
         training.update_ema()
-        sum_loss += loss.item()
         if training.step % 50 == 0:
             pace_s = (time.monotonic() - started) / (training.step - first)
             row = {
@@ -247,12 +288,12 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--shards", type=int, default=NUM_SHARDS, help=f"of {SHARD_SCENES} scenes each, made once")
-    parser.add_argument("--compile", action="store_true", help="a quarter faster, after some minutes; with g++")
+    parser.add_argument("--singles", type=float, default=SINGLE_SHARE, help="the share of scenes of one thing, 0 to 1")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="each takes its part of every batch")
     parser.add_argument("--fresh-optimiser", action="store_true")
     parser.add_argument(
         "--start-from", type=Path, help="the folder of a model, such as weights/emoji; then --fresh-optimiser is meant"
     )
     arguments = parser.parse_args()
-    train(
-        arguments.work, arguments.steps, arguments.fresh_optimiser, arguments.start_from, arguments.shards, arguments.compile
-    )  # fmt: skip
+    start = (arguments.steps, arguments.fresh_optimiser, arguments.start_from)
+    train(arguments.work, *start, arguments.shards, arguments.threads, arguments.singles)
