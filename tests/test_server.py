@@ -8,10 +8,10 @@ import io
 import json
 import socket
 import threading
-import zlib
 from urllib.parse import urlencode
 
 import pytest
+from bomb import bomb
 from needs import need
 from PIL import Image
 
@@ -169,17 +169,6 @@ def test_an_edit_without_a_mask_repaints_the_whole(client, model):
     made = client.images.edit(image=[("p.png", png(picture))], prompt="a worm", size="64x64", extra_body=extra)
     own = model.generate("a worm", image=picture, width=64, height=64, **extra).images[0]
     assert opened(made.data[0].b64_json)[1].tobytes() == own.tobytes()
-
-
-def bomb(side):
-    """Return a small PNG that unpacks to as many pixels as nobody has memory for."""
-
-    def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
-    rows = zlib.compress(bytes(10_000_000), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def test_what_is_no_usable_picture_is_a_400(client, model):

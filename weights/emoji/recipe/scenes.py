@@ -280,18 +280,25 @@ class Scenes:
 
     def describe(self, scene: Scene, chance: random.Random) -> str:
         """Return a caption: what is there, and nothing else."""
+        return self.describe_parts(scene, chance)[0]
+
+    def describe_parts(self, scene: Scene, chance: random.Random) -> tuple[str, list[str]]:
+        """Return a caption and the part of it that speaks of each thing; of a single thing the whole does."""
         if len(scene.things) == 1 and scene.things[0] == Thing(scene.things[0].picture):
             picture = scene.things[0].picture
             own = self.colours.own(picture)
             row = self.pictures.rows[picture]
             if own and is_countable(row["name"]) and chance.random() < 0.15:
                 row = row | {"name": f"{own} {plain_name(row['name'])}", "tags": []}
-                return caption(row, scene.background, {row["name"]: []}, scene.style, chance)
-            return caption(row, scene.background, self.telling, scene.style, chance)
+                text = caption(row, scene.background, {row["name"]: []}, scene.style, chance)
+            else:
+                text = caption(row, scene.background, self.telling, scene.style, chance)
+            return text, [text]
         said = [self._say(thing, chance) for thing in scene.things]
         text = said[0] if scene.relation is None else f"{said[0]} {scene.relation} {said[1]}"
         text = dress(text, chance)
-        return on_background(f"{text}, {scene.style} style" if scene.style else text, scene.background, chance)
+        text = on_background(f"{text}, {scene.style} style" if scene.style else text, scene.background, chance)
+        return text, said if len(said) > 1 else [text]
 
     def _say(self, thing: Thing, chance: random.Random) -> str:
         name = self.pictures.rows[thing.picture]["name"]

@@ -28,12 +28,21 @@ def minilm_folder() -> Path:
     return folder
 
 
-def load_text_encoder() -> tuple[BertTokenizerFast, BertModel]:
-    """Load the tokenizer (32 tokens at most) and the encoder, rounded to half precision as shipped, in fp32."""
+def load_text_encoder(work: Path | None = None) -> tuple[BertTokenizerFast, BertModel]:
+    """Load the tokenizer (32 tokens at most) and the encoder, rounded to half precision as shipped, in fp32.
+
+    Args:
+        work: the folder in which `train_text.py` wrote what it taught the encoder; None: the encoder as it was published.
+
+    Raises:
+        SystemExit: there is no such encoder, or the original's package is missing.
+    """
     folder = minilm_folder()
+    if work is not None and not (work / "text_encoder").is_dir():
+        raise SystemExit(f"{work} holds no text encoder: run train_text.py first")
     tokenizer = BertTokenizerFast.from_pretrained(folder, model_max_length=MAX_TOKENS)
     tokenizer.model_max_length = MAX_TOKENS
-    model = BertModel.from_pretrained(folder).half().float().eval()
+    model = BertModel.from_pretrained(work / "text_encoder" if work else folder).half().float().eval()
     model.config.use_attention_mask = True  # StableDiffusionPipeline passes the mask only where this stands
     return tokenizer, model
 

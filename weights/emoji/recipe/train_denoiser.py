@@ -18,6 +18,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,12 +31,13 @@ from optimiser import Optimiser
 from pictures import Pictures
 from precision import fast_autocast
 from rich.progress import track
-from scenes import Colours, Scenes, Thing
+from scenes import Colours, Scene, Scenes, Thing
 from text import embed, load_text_encoder
 
+RECIPE = Path(__file__).parent
 SHARD_SCENES = 2000
 NUM_SHARDS = 32
-CAPTIONS_PER_SCENE = 3
+CAPTIONS_PER_SCENE = 4
 BATCH = 128
 LEARNING_RATE = 1e-3
 CAPTION_DROPOUT = 0.1
@@ -66,63 +68,90 @@ def new_denoiser() -> UNet2DConditionModel:
     )
 
 
-def shard_key(work: Path, autoencoder: AutoencoderKL) -> str:
-    """Return what a shard depends on, as a hash: the pictures' list, what is drawn and said of them, the encoder's weights."""
-    digest = hashlib.sha256((work / "pictures.json").read_bytes())
-    for name in ("scenes.py", "captions.py", "descriptions.txt"):
-        digest.update((Path(__file__).parent / name).read_bytes())
+def drawn_from(work: Path, autoencoder: AutoencoderKL) -> str:
+    """Return what the latents depend on, as a hash: the pictures' list, how scenes are drawn, the encoder's weights."""
+    digest = hashlib.sha256((work / "pictures.json").read_bytes() + (RECIPE / "scenes.py").read_bytes())
     for name, value in sorted(autoencoder.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:8]
 
 
-def make_shard(number: int, scenes: Scenes, autoencoder: AutoencoderKL, encoder: tuple) -> dict[str, torch.Tensor]:
-    """Draw shard `number`'s own scenes and encode them.
+def said_from(work: Path, text_encoder: torch.nn.Module) -> str:
+    """Return what the captions depend on, as a hash: the pictures' list, what is said of scenes, the text encoder's weights."""
+    digest = hashlib.sha256((work / "pictures.json").read_bytes())
+    for name in ("scenes.py", "captions.py", "descriptions.txt"):
+        digest.update((RECIPE / name).read_bytes())
+    for _, value in sorted(text_encoder.state_dict().items()):
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def draw_scenes(number: int, scenes: Scenes) -> list[Scene]:
+    """Return shard `number`'s own scenes."""
+    chance = random.Random(1_000_003 * (number + 1))
+    return [scenes.draw(chance) for _ in range(SHARD_SCENES)]
+
+
+@torch.no_grad()
+def paint_shard(number: int, scenes: Scenes, autoencoder: AutoencoderKL) -> dict[str, torch.Tensor]:
+    """Paint a shard's scenes and encode them.
 
     Returns:
-        `latents` (S, 4, 16, 16) float16, `embeddings` (C, T, 384) float16, `rows` (S, 3): each scene's captions, and
-        `single` (S,): whether a scene is one thing as it was drawn.
+        `latents` (S, 4, 16, 16) float16 and `single` (S,): whether a scene is one thing as it was drawn.
     """
-    chance = random.Random(1_000_003 * (number + 1))
-    drawn = [scenes.draw(chance) for _ in range(SHARD_SCENES)]
-    texts: dict[str, int] = {}
-    rows = [[texts.setdefault(scenes.describe(scene, chance), len(texts)) for _ in range(CAPTIONS_PER_SCENE)] for scene in drawn]
-    latents, every = [], list(texts)
-    with torch.no_grad(), fast_autocast():
+    drawn, latents = draw_scenes(number, scenes), []
+    with fast_autocast():
         for start in track(range(0, len(drawn), 32), description=f"shard {number}, latents"):
             batch = torch.stack([scenes.paint(scene) for scene in drawn[start : start + 32]])
             latents.append(autoencoder.encode(batch.to(memory_format=torch.channels_last)).latent_dist.mean.half())
-    blocks = track(range(0, len(every), 64), description=f"shard {number}, captions")
-    found = [embed(encoder, every[start : start + 64]).half() for start in blocks]
     single = torch.tensor([scene.things == (Thing(scene.things[0].picture),) for scene in drawn])
-    return {"latents": torch.cat(latents), "embeddings": torch.cat(found), "rows": torch.tensor(rows), "single": single}
+    return {"latents": torch.cat(latents), "single": single}
+
+
+def describe_shard(number: int, scenes: Scenes, encoder: tuple) -> dict[str, torch.Tensor]:
+    """Describe a shard's scenes and embed what is said.
+
+    Returns:
+        `embeddings` (C, T, 384) float16 and `rows` (S, 4): each scene's captions.
+    """
+    chance, texts = random.Random(2_000_003 * (number + 1)), {}
+    rows = [
+        [texts.setdefault(scenes.describe(scene, chance), len(texts)) for _ in range(CAPTIONS_PER_SCENE)]
+        for scene in draw_scenes(number, scenes)
+    ]
+    every = list(texts)
+    blocks = track(range(0, len(every), 64), description=f"shard {number}, captions")
+    with fast_autocast():
+        found = [embed(encoder, every[start : start + 64]).half() for start in blocks]
+    return {"embeddings": torch.cat(found), "rows": torch.tensor(rows)}
 
 
 class Shards:
-    """All scenes to learn from: made once, each shard in a file of its own, and read through memory maps."""
+    """All scenes to learn from: made once, each shard in files of its own, and read through memory maps."""
 
-    def __init__(self, work: Path, num_shards: int):
-        """Make the shards that are missing or belong to other pictures or another encoder."""
+    def __init__(self, work: Path, num_shards: int, encoder: tuple, num_threads: int = 1):
+        """Make what is missing or belongs to other pictures, captions or encoders."""
         folder = work / "shards"
         folder.mkdir(exist_ok=True)
         autoencoder = AutoencoderKL.from_pretrained(work / "autoencoder").to(memory_format=torch.channels_last)
-        key, tools = shard_key(work, autoencoder), None
-        self.parts = []
-        for number in range(num_shards):
-            file = folder / f"{key[:8]}-{number:03}.pt"
-            if not file.exists():
-                if tools is None:
-                    pictures = Pictures(work, ("concept",))
-                    scenes = Scenes(pictures, Colours(pictures), telling_tags(pictures.rows))
-                    tools = (scenes, autoencoder, load_text_encoder())
-                torch.save(make_shard(number, *tools), file.with_suffix(".part"))
-                os.replace(file.with_suffix(".part"), file)
-            self.parts.append(torch.load(file, weights_only=True, mmap=True))
-        self.latents = torch.cat([part["latents"] for part in self.parts])
-        self.shard_of = torch.cat([torch.full((len(part["latents"]),), n) for n, part in enumerate(self.parts)])
-        self.rows = torch.cat([part["rows"] for part in self.parts])
-        single = torch.cat([part["single"] for part in self.parts])
+        painted, said = drawn_from(work, autoencoder), said_from(work, encoder[1])
+        pictures = Pictures(work, ("concept",))
+        scenes = Scenes(pictures, Colours(pictures), telling_tags(pictures.rows))
+
+        def make(number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+            return (
+                kept(folder / f"painted-{painted}-{number:03}.pt", lambda: paint_shard(number, scenes, autoencoder)),
+                kept(folder / f"said-{said}-{number:03}.pt", lambda: describe_shard(number, scenes, encoder)),
+            )
+
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+            parts = list(executor.map(make, range(num_shards)))
+        self.latents = torch.cat([part["latents"] for part, _ in parts])
+        self.shard_of = torch.cat([torch.full((len(part["latents"]),), n) for n, (part, _) in enumerate(parts)])
+        self.embeddings = [part["embeddings"] for _, part in parts]
+        self.rows = torch.cat([part["rows"] for _, part in parts])
+        single = torch.cat([part["single"] for part, _ in parts])
         self.single, self.composed = single.nonzero()[:, 0], (~single).nonzero()[:, 0]
 
     def draw(self, num: int, single_share: float, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,8 +165,16 @@ class Shards:
         picked = torch.cat(picked)
         which = torch.randint(self.rows.shape[1], (num,), generator=chance)
         rows, shards = self.rows[picked, which], self.shard_of[picked]
-        words = [self.parts[shard]["embeddings"][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
+        words = [self.embeddings[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
         return self.latents[picked].float(), torch.stack(words).float(), torch.rand(num, generator=chance) < CAPTION_DROPOUT
+
+
+def kept(file: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Make tensors once: read them from a file, or make them and write it whole."""
+    if not file.exists():
+        torch.save(make(), file.with_suffix(".part"))
+        os.replace(file.with_suffix(".part"), file)
+    return torch.load(file, weights_only=True, mmap=True)
 
 
 def make_noisy(latents: torch.Tensor, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -241,10 +278,12 @@ def train(
     single_share: float = SINGLE_SHARE,
 ) -> None:
     """Train, or go on training; SIGTERM and Ctrl-C save and leave."""
-    if start_from and not (work / "autoencoder").exists():
-        shutil.copytree(start_from / "vae", work / "autoencoder")
-    shards = Shards(work, num_shards)
-    silence = embed(load_text_encoder(), [""])
+    for part, name in (("vae", "autoencoder"), ("text_encoder", "text_encoder")):
+        if start_from and not (work / name).exists():
+            shutil.copytree(start_from / part, work / name)
+    encoder = load_text_encoder(work)
+    shards = Shards(work, num_shards, encoder, num_threads)
+    silence = embed(encoder, [""])
     torch.set_num_threads(1)
     training = Training(work, fresh_optimiser, start_from, num_threads)
     stop = []
