@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+SILENT = (None, torch.nn.Identity())  # a text encoder that is never asked
 RECIPE = Path(__file__).parent.parent / "weights" / "emoji" / "recipe"
 
 
@@ -119,10 +120,9 @@ def test_a_batch_holds_the_share_of_single_things(work, scenes, monkeypatch):
     import train_denoiser
 
     monkeypatch.setattr(train_denoiser, "SHARD_SCENES", 40)
-    monkeypatch.setattr(train_denoiser, "load_text_encoder", lambda: None)
     monkeypatch.setattr(train_denoiser, "embed", lambda _, texts: torch.zeros(len(texts), 1, 1))
     train_autoencoder.new_autoencoder().save_pretrained(work / "autoencoder")
-    shards = train_denoiser.Shards(work, 1)
+    shards = train_denoiser.Shards(work, 1, SILENT)
     single = {row.numpy().tobytes() for row in shards.latents[shards.single].float()}
     for share in (0.0, 0.25, 1.0):
         latents = shards.draw(8, share, torch.Generator().manual_seed(0))[0]
@@ -144,16 +144,48 @@ def test_shards_are_made_once_and_hold_every_caption(work, scenes, monkeypatch):
     import train_denoiser
 
     monkeypatch.setattr(train_denoiser, "SHARD_SCENES", 4)
-    monkeypatch.setattr(train_denoiser, "load_text_encoder", lambda: None)
     monkeypatch.setattr(train_denoiser, "embed", lambda _, texts: torch.tensor([[[float(len(text))]] for text in texts]))
     train_autoencoder.new_autoencoder().save_pretrained(work / "autoencoder")
-    shards = train_denoiser.Shards(work, 2)
+    shards = train_denoiser.Shards(work, 2, SILENT)
     assert shards.latents.shape == (8, 4, 16, 16)
-    assert len(list((work / "shards").glob("*.pt"))) == 2
+    assert len(list((work / "shards").glob("*.pt"))) == 4
     latents, words, silent = shards.draw(5, 0.4, torch.Generator().manual_seed(0))
     assert (latents.shape, words.shape, silent.shape) == ((5, 4, 16, 16), (5, 1, 1), (5,))
-    monkeypatch.setattr(train_denoiser, "make_shard", lambda *_: pytest.fail("made again"))
-    assert torch.equal(train_denoiser.Shards(work, 2).latents, shards.latents)
+    monkeypatch.setattr(train_denoiser, "paint_shard", lambda *_: pytest.fail("painted again"))
+    assert torch.equal(train_denoiser.Shards(work, 2, SILENT, 2).latents, shards.latents)
+    monkeypatch.setattr(
+        train_denoiser, "describe_shard", lambda *_: {"embeddings": torch.ones(4, 1, 1), "rows": torch.zeros(4, 4)}
+    )
+    taught = (None, torch.nn.Linear(1, 1))
+    assert train_denoiser.Shards(work, 2, taught).embeddings[0].sum() == 4, "another text encoder says it anew"
+
+
+def test_every_token_is_told_what_it_speaks_of(work, scenes, monkeypatch):
+    import random
+
+    import train_text
+    from scenes import Scene, Thing
+    from transformers import BertTokenizerFast
+
+    from imagegen.catalog import embedded_folder
+
+    tokenizer = BertTokenizerFast.from_pretrained(embedded_folder() / "tokenizer")
+    captions = train_text.Captions(work)
+    assert captions.names == ["apple", "fox", "owl"]
+    scene = Scene((Thing(0, 2, "blue"), Thing(1)), "yellow", (0, 0), "above", (-1, 0), "noto")
+    monkeypatch.setattr(captions.scenes, "draw", lambda _: scene)
+    monkeypatch.setattr(
+        captions.scenes, "describe_parts", lambda *_: ("two blue apples above an owl", ["two blue apples", "an owl"])
+    )
+    tokens, answers = captions.draw(tokenizer, 4, [("a gloss", 2)], random.Random(0))
+    words = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
+    told = {word: [answers[head][0, place].item() for head in answers] for place, word in enumerate(words)}
+    none, style, background = train_text.NOTHING, 2, 3
+    assert told["apples"] == told["two"] == [0, 5, 1, 3, style, background]  # apple, blue, two of them, above
+    assert told["owl"] == [2, 0, 0, 4, style, background]  # in its own colour, one, below
+    assert told["above"] == told["[CLS]"] == [none] * 4 + [style, background]
+    assert answers["thing"][3].unique().tolist() == [2]  # a gloss is its concept's at every token
+    assert answers["colour"][3].unique().tolist() == [none]
 
 
 class NoisyShards:
@@ -171,7 +203,7 @@ def test_denoiser_stopped_and_resumed_equals_one_run(work, monkeypatch):
     import train_denoiser
 
     monkeypatch.setattr(train_denoiser, "Shards", NoisyShards)
-    monkeypatch.setattr(train_denoiser, "load_text_encoder", lambda: None)
+    monkeypatch.setattr(train_denoiser, "load_text_encoder", lambda _: SILENT)
     monkeypatch.setattr(train_denoiser, "embed", lambda *_: torch.zeros(1, 32, 384))
     monkeypatch.setattr(train_denoiser, "BATCH", 2)
     monkeypatch.setattr(train_denoiser.signal, "signal", lambda *_: None)
