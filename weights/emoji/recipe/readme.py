@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from readme_demo import photograph
 from readme_speed import (
     describe_denoiser,
     measure_crowd,
@@ -151,26 +151,45 @@ def measure_floor(model: imagegen.Model) -> str:
     return table(("16 pictures each", "worst PSNR", "largest difference"), rows)
 
 
-def describe_evaluation(report: dict) -> str:
-    """Return the table of `evaluation.json`."""
-    concepts, backgrounds, vae = report["concepts"], report["backgrounds"], report["autoencoder"]
-    judge, near = report["judge"]["accuracy_twemoji"], report["nearest"]
-    made, real = near["made_shifted"], near["twemoji_shifted"]
-    rows = [
-        (f"Concepts recognised, {concepts['num']} pictures", f"{concepts['top1']:.1%} top-1, {concepts['top5']:.1%} top-5"),
-        ("The judge itself, on real Twemoji", f"{judge['top1']:.1%} top-1, {judge['top5']:.1%} top-5"),
-        (f"Background colour right, {backgrounds['num']} pictures, 8 colours", f"{backgrounds['accuracy']:.1%}"),
-        (f"Autoencoder, {vae['heldout_num']} held-out pictures", f"{vae['heldout_db']:.2f} dB PSNR"),
-        (f"Autoencoder, {vae['unseen_num']} Twemoji pictures", f"{vae['unseen_db']:.2f} dB PSNR"),
-        ("Distance to the nearest training picture, median (minimum)", f"{made['median']:.3f} ({made['minimum']:.3f})"),
-        ("The same for real unseen pictures (Twemoji)", f"{real['median']:.3f} ({real['minimum']:.3f})"),
-    ]
-    named = report.get("named_blind")
-    if named:
-        rows.insert(
-            1, ("Named by a vision model that saw 30 pictures without their prompts", f"{named['right']} of {named['of']}")
-        )
-    return table(("What", "Measured"), rows)
+def describe_evaluation(report: dict, first: dict) -> str:
+    """Return the table of `evaluation.json`, each figure beside version 1's."""
+    made, before = figures_of(report), figures_of(first)
+    real = report["compositions"]["real"]
+    beside = {
+        "Concepts recognised, top-1": f"{report['judge']['accuracy_twemoji']['top1']:.1%} of Twemoji, never seen",
+        "Concepts recognised, top-5": f"{report['judge']['accuracy_twemoji']['top5']:.1%}",
+        "Style obeyed": f"{report['styles']['judge_accuracy']:.1%} of real pictures left out",
+        "Fréchet distance from Twemoji": f"{report['frechet']['fluent']:.1f}, Fluent's own",
+    }
+    beside |= {f"{task.capitalize()}": f"{share:.1%} of real scenes" for task, share in real.items()}
+    near = report["nearest"]["twemoji_shifted"]
+    beside["Distance to the nearest training picture, median"] = f"{near['median']:.3f}, Twemoji's"
+    rows = [(what, before.get(what, "–"), value, beside.get(what, "")) for what, value in made.items()]
+    return table(("What", "Version 1", "Now", "The judge on real pictures"), rows)
+
+
+def figures_of(report: dict) -> dict[str, str]:
+    """Return what an evaluation measured, in words."""
+    concepts, backgrounds, vae, near = report["concepts"], report["backgrounds"], report["autoencoder"], report["nearest"]
+    found = {
+        "Concepts recognised, top-1": f"{concepts['top1']:.1%} of {concepts['num']}",
+        "Concepts recognised, top-5": f"{concepts['top5']:.1%}",
+        "Paraphrases, top-5": f"{report['paraphrases']['top5']:.1%} of {report['paraphrases']['num']}",
+        "Background colour right": f"{backgrounds['accuracy']:.1%} of {backgrounds['num']}",
+        "The concept on that background, top-1": f"{backgrounds['concept_top1']:.1%}",
+        "Style obeyed": f"{report['styles']['accuracy']:.1%} of {report['styles']['num']}",
+    }
+    tasks = report["compositions"]["made"]
+    found |= {task.capitalize(): f"{share:.1%} of {report['compositions']['num'] // len(tasks)}" for task, share in tasks.items()}
+    found |= {
+        "Fréchet distance from Twemoji": f"{report['frechet']['made']:.1f}",
+        "Autoencoder, held-out pictures": f"{vae['heldout_db']:.2f} dB PSNR of {vae['heldout_num']}",
+        "Autoencoder, Twemoji": f"{vae['unseen_db']:.2f} dB PSNR of {vae['unseen_num']}",
+        "Distance to the nearest training picture, median": f"{near['made_shifted']['median']:.3f}",
+    }
+    if "named_blind" in report:
+        found["Named blind by a vision model"] = f"{report['named_blind']['right']} of {report['named_blind']['of']}"
+    return found
 
 
 def describe_training(trained: dict) -> str:
@@ -186,40 +205,11 @@ def describe_training(trained: dict) -> str:
     return table(("Part", "Pictures seen", "Time"), rows)
 
 
-def photograph_demo(model: imagegen.Model) -> None:
-    """Take the demo's picture: a finished picture beside its reference output in the Compare tab."""
-    from playwright.sync_api import sync_playwright
-
-    from imagegen import server
-
-    browser_path = shutil.which("chromium")
-    if browser_path is None:
-        raise SystemExit("the demo's screenshot needs Chromium: apt-get install chromium")
-    with tempfile.TemporaryDirectory() as out:
-        demo = server.launch(model, port=0, output_dir=Path(out), background=True)
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.goto(demo.url)
-            page.get_by_label("Prompt", exact=True).fill("a red apple")
-            page.get_by_label("Seed", exact=True).fill(str(SEED))
-            page.get_by_role("button", name="Generate").click()
-            page.get_by_role("button", name="Download PNG").wait_for(timeout=60_000)
-            page.get_by_role("button", name="Compare", exact=True).first.click()
-            page.wait_for_timeout(1000)  # the tab is shown
-            page.get_by_role("button", name="Compare", exact=True).locator("visible=true").last.click()
-            page.get_by_text("identical", exact=True).first.wait_for(timeout=60_000)
-            page.wait_for_timeout(1500)  # the slider's pictures are drawn
-            page.screenshot(path=SAMPLES / "demo.png")
-            browser.close()
-        demo.close()
-
-
 def write_model(model: imagegen.Model, readme: Path, card: Path) -> None:
     """Write what the evaluation and the trainings found, and the sizes."""
     report = json.loads((HERE / "evaluation.json").read_text())
     for file in (readme, card):
-        fill(file, "model", describe_evaluation(report))
+        fill(file, "model", describe_evaluation(report, json.loads((HERE / "evaluation-first.json").read_text())))
     fill(card, "training", describe_training(json.loads((HERE / "training.json").read_text())))
     counts = {
         name: sum(p.numel() for p in getattr(model.pipeline, name).parameters()) for name in ("vae", "unet", "text_encoder")
@@ -245,7 +235,7 @@ def write_times(model: imagegen.Model, readme: Path) -> None:
 
 PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {
     "pictures": lambda model, readme, card: write_pictures(model),
-    "demo": lambda model, readme, card: photograph_demo(model),
+    "demo": lambda model, readme, card: photograph(model, SAMPLES),
     "times": lambda model, readme, card: write_times(model, readme),
     "floor": lambda model, readme, card: fill(readme, "floor", measure_floor(model)),
     "tiers": lambda model, readme, card: fill(readme, "tiers", measure_tiers(model)),
