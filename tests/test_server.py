@@ -118,6 +118,7 @@ WRONG = [
     ({"quality": "hd"}, "quality", "set num_steps instead"),
     ({"style": "vivid"}, "style", "say it in the prompt"),
     ({"steps": 3}, None, "unknown parameter 'steps'"),
+    ({"enhance_url": "http://127.0.0.1:1/v1"}, None, "unknown parameter 'enhance_url'"),
     ({"seed": 2**60}, "seed", "seed must be from 0"),
     ({"num_steps": 101}, "num_steps", "less than or equal to 100"),
     ({"scheduler": "warp"}, "scheduler", "unknown scheduler 'warp'"),

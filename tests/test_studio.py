@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import urllib.error
@@ -23,7 +24,7 @@ from imagegen import server, studio
 from imagegen.catalog import FAMILIES
 from imagegen.engine import Engine
 from imagegen.finetune.data import find_faults
-from imagegen.studio.contest import chance_of, tally
+from imagegen.studio.contest import Contest, chance_of, default_floor, hold_models, tally
 from imagegen.studio.enhance import Writer, enhance
 from imagegen.studio.figures import figures_of, keep_figures, kept_figures, measure_tiers, say
 from imagegen.studio.flags import flags_of, read_flags, without_flags
@@ -424,6 +425,20 @@ def test_offered_folders_have_to_be_there(model, tmp_path):
         studio.build(model, tmp_path, loras=tmp_path / "nowhere")
     (tmp_path / "a-lora.safetensors").touch()
     assert studio.find_offers(model, tmp_path, None)[0] == {"a-lora": tmp_path / "a-lora.safetensors"}
+
+
+def test_another_model_is_a_candidate(model, tmp_path):
+    copy = shutil.copytree(model.folder, tmp_path / "twin", ignore=shutil.ignore_patterns("recipe", "references", "samples"))
+    reference = model.generate("a red apple", seed=3, num_steps=2)
+    contest = Contest(reference.save(tmp_path)[0], "a picture", default_floor())
+    request = reference.pictures[0].receipt.request
+    looked = []
+    hold_models({"twin": str(copy)}, model, request, contest, tmp_path, lambda *_: None, looked.append)
+    assert [(entry.name, entry.measured["max_difference"]) for entry in contest.entries] == [("twin", 0)]
+    assert len(looked) == 1
+    assert sum(contest.entries[0].stages.values()) > 0
+    with pytest.raises(imagegen.ModelError):
+        hold_models({"none": str(tmp_path / "none")}, model, request, contest, tmp_path, lambda *_: None, looked.append)
 
 
 def test_an_enhanced_prompt_keeps_its_flags_and_gets_no_others():

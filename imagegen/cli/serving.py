@@ -31,6 +31,9 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="How many pictures of several requests are made at once.")] = 8,
     loras: Annotated[Path | None, typer.Option(help="A folder of LoRA files that the page offers.")] = None,
     references: Annotated[Path | None, typer.Option(help="A folder of reference sets that the page offers.")] = None,
+    compare_with: Annotated[
+        list[str] | None, typer.Option("--compare-with", help="Another model to compare with: as --model; again for another.")
+    ] = None,
     model: ModelOption = EMBEDDED,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -52,6 +55,7 @@ def serve(
     if public and check is None:
         print("imagegen: no safety check looks at the pictures: --safety MODULE:FUNCTION names one", flush=True)
     launch(
-        load_model(model, device, dtype, plan, where), host=host, port=port, output_dir=out, loras=loras, references=references,
+        load_model(model, device, dtype, plan, where), host=host, port=port, output_dir=out,
+        loras=loras, references=references, models=compare_with or (),
         public=public, allow_hosts=allow_host or (), token=token, safety=check, max_waiting=max_waiting, max_batch=max_batch,
     )  # fmt: skip

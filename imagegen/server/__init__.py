@@ -115,6 +115,7 @@ def launch(
     *,
     loras: str | Path | None = None,
     references: str | Path | None = None,
+    models: Iterable[str | Path] = (),
     public: bool = False,
     allow_hosts: Iterable[str] = (),
     token: str | None = None,
@@ -133,6 +134,7 @@ def launch(
         output_dir: where the pictures go.
         loras: a folder of LoRA files that the page offers.
         references: a folder of reference sets that the page offers.
+        models: other models that the page compares this one with; what `load` takes, each.
         public: others may come, who know the token.
         allow_hosts: names by which others may ask, as in `pictures.example.org`; numeric addresses are known with `public`.
         token: what everybody must know: the API key of programs, and what the page asks for.
@@ -157,7 +159,8 @@ def launch(
             max_waiting=max_waiting, max_batch=max_batch, safety=safety,
         )  # fmt: skip
         stack.callback(engine.close)
-        blocks = page(engine, folder) if page else studio.build(engine, folder, loras=loras, references=references)
+        offers: dict[str, Any] = {"loras": loras, "references": references, "models": models}
+        blocks = page(engine, folder) if page else studio.build(engine, folder, **offers)
         served = _start(build_app(engine, folder, blocks, rules), listening, blocks, engine)
         if background:
             stack.pop_all()

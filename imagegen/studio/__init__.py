@@ -6,6 +6,7 @@ machine. Gradio is an extra, imported where it is used.
 """
 
 import html
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,12 @@ def find_offers(model: Model, loras: Path | None, references: Path | None) -> tu
 
 
 def build(
-    engine: Engine | Model, output_dir: str | Path, *, loras: str | Path | None = None, references: str | Path | None = None
+    engine: Engine | Model,
+    output_dir: str | Path,
+    *,
+    loras: str | Path | None = None,
+    references: str | Path | None = None,
+    models: Iterable[str | Path] = (),
 ) -> "gr.Blocks":
     """Lay out the page for a model and make it work. `server.launch` serves it.
 
@@ -57,6 +63,7 @@ def build(
         output_dir: every visitor's files go to a folder of its own in it.
         loras: a folder of LoRA files to choose from.
         references: a folder of reference sets to choose from.
+        models: what `load` takes, each: other models to compare this one with; one is loaded while it is compared.
 
     Raises:
         Error: Gradio is missing, or the folder cannot be made.
@@ -72,7 +79,8 @@ def build(
     queue = engine if isinstance(engine, Engine) else Engine(engine)
     model = queue.model
     offers = find_offers(model, Path(loras) if loras else None, Path(references) if references else None)
-    studio = Studio(queue, Visitors(folder), *offers, figures=kept_figures(folder, model))
+    others = {Path(source).stem if Path(source).exists() else str(source): str(source) for source in models}
+    studio = Studio(queue, Visitors(folder), *offers, others, figures=kept_figures(folder, model))
     dtype = str(model.dtype).removeprefix("torch.")
     about = f"Model {html.escape(Path(model.source).name)}, {dtype} on {model.device.type}, plan {html.escape(model.plan.name)}"
     model.hashes  # noqa: B018  read now, not during the first picture

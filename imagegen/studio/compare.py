@@ -18,6 +18,7 @@ from imagegen.studio.contest import (
     Contest,
     Entry,
     default_floor,
+    hold_models,
     hold_picture,
     hold_plans,
     in_figures,
@@ -75,6 +76,7 @@ def lay_out_compare(studio: Studio) -> SimpleNamespace:
                 tab.entry = gr.Dropdown([], label="Its picture")
             tab.upload = gr.Image(label="Its reference", height=200, visible=False, **GIVEN)
             tab.plans = gr.CheckboxGroup(studio.tiers(), label="Made again by these plans")
+            tab.models = gr.CheckboxGroup(list(studio.models), label="Made again by other models", visible=bool(studio.models))
             tab.blame = gr.Checkbox(False, label="Find out which lever costs what")
             with gr.Row():
                 tab.run = gr.Button("Compare", variant="primary", scale=3)
@@ -189,7 +191,15 @@ def read_question(
     return Question(kind, request, given, Path(upload) if kind == UPLOAD and upload else None, against, default_floor())
 
 
-def answer(studio: Studio, folder: Path, asked: Question, plans: dict[str, Any], with_blame: bool, tell: Tell) -> Contest:
+def answer(
+    studio: Studio,
+    folder: Path,
+    asked: Question,
+    plans: dict[str, Any],
+    models: dict[str, str],
+    with_blame: bool,
+    tell: Tell,
+) -> Contest:
     """Make what is missing, and hold everything against the reference; the files go to the visitor's folder.
 
     Raises:
@@ -210,12 +220,13 @@ def answer(studio: Studio, folder: Path, asked: Question, plans: dict[str, Any],
         contest = Contest(_keep(image, place, "reference"), asked.against, asked.floor, reference_s=seconds)
         if asked.picture is not None:
             hold_picture(open_upload(asked.picture), THIS, _keep_file(asked.picture, place), contest, image)
-        if plans:
+        if plans or models:
             if asked.request is None:
-                raise RequestError("these pictures carry no receipt to make them again from: choose no plans")
+                raise RequestError("these pictures carry no receipt to make them again from: choose no plans and no models")
             prompt = asked.request["prompt"]
             look = lambda image: look_at(studio, prompt, image)  # noqa: E731
             hold_plans(model, plans, asked.request, contest, place, with_blame, tell, look)
+            hold_models(models, model, asked.request, contest, place, tell, look)
     return contest
 
 
@@ -237,8 +248,8 @@ def connect_compare(studio: Studio, tab: SimpleNamespace) -> None:
     import gradio as gr
 
     def compare(
-        picture: Any, prompt: str, seed: Any, kind: str, set_name: Any, entry: Any, upload: Any, plans: Any, blame: bool,
-        request: gr.Request,
+        picture: Any, prompt: str, seed: Any, kind: str, set_name: Any, entry: Any, upload: Any, plans: Any, models: Any,
+        blame: bool, request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:  # fmt: skip
         stop, folder = studio.stop_of(request), studio.folder(request)
         with errors_shown():
@@ -246,10 +257,11 @@ def connect_compare(studio: Studio, tab: SimpleNamespace) -> None:
             asked = read_question(studio, folder, paths[0], (prompt, seed), kind, (set_name, entry), paths[1])
             known = studio.plans_for(folder)
             chosen = {str(name): choose("plan", name, known) for name in plans or ()}
-            if asked.picture is None and not chosen:
+            others = {str(name): choose("model", name, studio.models) for name in models or ()}
+            if asked.picture is None and not chosen and not others:
                 raise RequestError("there is nothing to hold against it: choose a plan, or give a picture")
             try:
-                work = follow_work(lambda tell: answer(studio, folder, asked, chosen, blame, tell), stop)
+                work = follow_work(lambda tell: answer(studio, folder, asked, chosen, others, blame, tell), stop)
                 contest = yield from narrate(work, tab.progress)
             except Stopped:
                 yield {tab.progress: progress_html("Stopped", 0)}
@@ -294,7 +306,7 @@ def connect_compare(studio: Studio, tab: SimpleNamespace) -> None:
     connect_views(tab.views, lambda request: studio.desk(request).pair)
     connect_run(
         studio, tab, [tab.run.click], compare, api_name="compare", show_progress="hidden", preprocess=False,
-        inputs=[tab.picture, tab.prompt, tab.seed, tab.kind, tab.set, tab.entry, tab.upload, tab.plans, tab.blame],
+        inputs=[tab.picture, tab.prompt, tab.seed, tab.kind, tab.set, tab.entry, tab.upload, tab.plans, tab.models, tab.blame],
         outputs=[tab.progress, tab.figures, tab.which, tab.table, tab.views.kind, *tab.views.all],
     )  # fmt: skip
 

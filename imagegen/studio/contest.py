@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from imagegen import fidelity
 from imagegen.comparison import Trial, add_case, blame, judge
 from imagegen.families.diffusion import stock_runner
+from imagegen.loader import load
 from imagegen.model import Model, Step
 from imagegen.reference import FLOOR_MAX_DIFFERENCE, FLOOR_PSNR_DB
 from imagegen.report import in_words
@@ -143,6 +144,33 @@ def try_entry(
     verdict = judge(trial, floor["psnr_db"], "", trial.budget_db)
     path = result.save(folder)[0]
     return Entry(name, path, trial.measured[0], verdict, result.elapsed_s, stages, levers=trial.levers), trial
+
+
+def hold_models(
+    models: Mapping[str, str],
+    like: Model,
+    request: dict[str, Any],
+    contest: Contest,
+    folder: Path,
+    tell: Told,
+    look: Callable[["Image"], Any],
+) -> None:
+    """Add an entry for each of other models, loaded one after the other on the device of `like` under the exact plan.
+
+    Raises:
+        ModelError: one cannot be loaded.
+        RequestError: one cannot make the request, or its picture is of another size.
+    """
+    from PIL import Image
+
+    with Image.open(contest.reference) as opened:
+        reference = opened.convert("RGB")
+    for name, source in models.items():
+        tell(f"loading {name}", 0, 1)
+        other = load(source, device=like.device)
+        entry, _ = try_entry(other, EXACT, request, reference, contest.floor, folder, tell, look)
+        entry.name = name
+        contest.entries.append(entry)
 
 
 def blame_entry(model: Model, entry: Entry, request: dict[str, Any], reference: "Image", exact: Trial) -> None:

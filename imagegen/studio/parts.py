@@ -101,6 +101,7 @@ class Studio:
         visitors: their folders.
         loras: the LoRA files that whoever started the server offers, by name.
         references: the reference sets offered, by name.
+        models: other models to compare with, by name: what `load` takes.
         runs: for each session, what stops its latest run.
         desks: for each session, what lies before the visitor.
         trainings: the runs of this server, by their folder.
@@ -111,6 +112,7 @@ class Studio:
     visitors: Visitors
     loras: dict[str, Path] = field(default_factory=dict)
     references: dict[str, Path] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
     runs: dict[str | None, threading.Event] = field(default_factory=dict)
     desks: dict[str | None, Desk] = field(default_factory=dict)
     trainings: dict[Path, Any] = field(default_factory=dict)
