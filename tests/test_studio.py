@@ -226,7 +226,7 @@ def test_only_uploads_are_compared(served, tmp_path):
         file = Path(folder) / "private.png"
         Image.new("RGB", (128, 128)).save(file)
         own = {"path": str(file), "meta": {"_type": "gradio.FileData"}}
-        body = json.dumps({"data": [own, "", "", studio.UPLOAD, None, None, own, [], False]}).encode()
+        body = json.dumps({"data": [own, "", "", studio.UPLOAD, None, None, own, [], [], False]}).encode()
         call = f"{served.url}/gradio_api/call/compare"
         started = urllib.request.urlopen(urllib.request.Request(call, body, {"Content-Type": "application/json"}))
         return get(f"{call}/{json.load(started)['event_id']}").decode()
