@@ -9,7 +9,7 @@ import imagegen
 from imagegen import server
 
 SEED = 7
-PATIENCE_MS = 180_000
+PATIENCE_MS = 90_000
 DESK, TELEPHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -40,6 +40,7 @@ def photograph(model: imagegen.Model, folder: Path) -> None:
         page = visit(DESK, "light")
         page.get_by_role("button", name="Measure the tiers on this machine").click()
         page.get_by_text("Measured").first.wait_for()
+        page.get_by_role("button", name="Measure the tiers on this machine").wait_for()  # the run has ended
         compare(page)
         page.screenshot(path=folder / "demo.png")
         page.close()
