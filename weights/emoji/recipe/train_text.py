@@ -128,6 +128,13 @@ def nearest(tokenizer, model: nn.Module, names: list[str], texts: list[str], kno
     return (pooled(texts, "glosses") @ (named + F.normalize(centres, dim=-1)).T).argmax(1)
 
 
+def start_learning(model: nn.Module) -> None:
+    """Let the upper half learn; the rest stays, without dropout."""
+    model.train()
+    for part in (model.embeddings, *model.encoder.layer[:NUM_FROZEN]):
+        part.eval().requires_grad_(False)
+
+
 def measure(tokenizer, model: nn.Module, head: nn.Module, names: list[str], pairs: list[tuple[str, str]]) -> str:
     """Say how often the head finds the concept that a text describes, by the mean over its tokens."""
     right = {1: 0, 5: 0}
@@ -142,8 +149,7 @@ def measure(tokenizer, model: nn.Module, head: nn.Module, names: list[str], pair
             for (name, _), found in zip(part, top, strict=True):
                 right[1] += names[found[0]] == name
                 right[5] += name in [names[index] for index in found]
-    model.train()
-    model.embeddings.eval()
+    start_learning(model)
     return f"{len(pairs)} unseen descriptions: top-1 {right[1] / len(pairs):.1%}, top-5 {right[5] / len(pairs):.1%}"
 
 
@@ -158,9 +164,7 @@ def train(work: Path, num_steps: int, num_held_out: int) -> None:
     glosses = random.Random(0).sample(read_glosses(work), NUM_GLOSSES)
     glosses = list(zip(glosses, nearest(tokenizer, original, captions.names, glosses, known).tolist(), strict=True))
     spread = 0.0
-    model.train()
-    for part in (model.embeddings, *model.encoder.layer[:NUM_FROZEN]):
-        part.eval().requires_grad_(False)
+    start_learning(model)
     heads = nn.ModuleDict({name: nn.Linear(model.config.hidden_size, size) for name, size in captions.heads.items()})
     parts = [
         {"params": [weight for weight in model.parameters() if weight.requires_grad], "lr": LEARNING_RATE},
