@@ -252,6 +252,7 @@ def test_who_leaves_a_batch_leaves_the_others_running(engine, model, steps_run):
 
 
 def test_closing_tells_everybody(model):
+    others = {thread for thread in threading.enumerate() if thread.name == "imagegen-engine"}  # of other tests' servers
     engine = Engine(model)
     running = engine.stream("a blue heart", num_steps=500)
     next(state for state in running if isinstance(state, Step))
@@ -263,4 +264,4 @@ def test_closing_tells_everybody(model):
     with pytest.raises(imagegen.Error, match="the engine is closed"):
         engine.stream("a red apple")
     engine.close()
-    assert "imagegen-engine" not in {thread.name for thread in threading.enumerate()}
+    assert others >= {thread for thread in threading.enumerate() if thread.name == "imagegen-engine"}

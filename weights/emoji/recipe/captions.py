@@ -59,7 +59,7 @@ def caption(row: dict, background: str, telling: dict[str, list[str]], style: st
         chance: the source of every choice.
     """
     name = row["name"]
-    if name in descriptions() and chance.random() < 0.3:
+    if name in descriptions() and chance.random() < 0.45:
         text = dress(chance.choice(descriptions()[name]), chance)
         return on_background(f"{text}, {style} style" if style else text, background, chance)
     if telling[name] and chance.random() < 0.1:

@@ -39,7 +39,7 @@ RELATIONS = {  # relation -> (down, right): where the first thing stands
     "and": None,  # as one reads: the first on the left, above where there are several
     "next to": None,
 }
-KINDS = {"single": 0.55, "coloured": 0.11, "count": 0.1, "pair": 0.19, "group": 0.05}  # shares of the scenes
+KINDS = {"single": 0.5, "coloured": 0.1, "count": 0.06, "pair": 0.31, "group": 0.03}  # shares of the scenes
 DEFAULT_STYLE = "fluent"  # what is drawn where a caption says nothing of style: one way to draw a thing, not five
 STYLES = {"fluent": 0.6, "flat": 0.12, "noto": 0.13, "blob": 0.11, "fx": 0.04}  # shares of the single things
 OTHER_STYLE_SHARE = 0.15  # of all other scenes
@@ -248,7 +248,7 @@ class Scenes:
         return Thing(chance.choice(things), colour=chance.choice([name for name in COLOURS if name != background]))
 
     def _any(self, style: str, background: str, chance: random.Random) -> Thing:
-        if chance.random() < 0.5:
+        if chance.random() < 0.6:
             return self._coloured(style, background, chance)
         while True:
             thing = chance.choice(self.of_style[style])

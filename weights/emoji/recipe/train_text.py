@@ -153,10 +153,17 @@ def measure(tokenizer, model: nn.Module, head: nn.Module, names: list[str], pair
     return f"{len(pairs)} unseen descriptions: top-1 {right[1] / len(pairs):.1%}, top-5 {right[5] / len(pairs):.1%}"
 
 
-def train(work: Path, num_steps: int, num_held_out: int) -> None:
-    """Train, and write the encoder; with descriptions held out say how it fares on them, every 100 steps."""
+def train(work: Path, num_steps: int, num_held_out: int, go_on: bool = False) -> None:
+    """Train, and write the encoder; with descriptions held out say how it fares on them, every 100 steps.
+
+    Args:
+        work: the folder with the drawn pictures.
+        num_steps: how many batches.
+        num_held_out: how many concepts have one description that is not learned from.
+        go_on: start from the work folder's encoder: a denoiser that learned from it has less to learn anew.
+    """
     torch.manual_seed(0)
-    tokenizer, model = load_text_encoder()
+    tokenizer, model = load_text_encoder(work if go_on else None)
     captions = Captions(work)
     known = descriptions()
     held_out = [(name, texts.pop(2)) for name, texts in list(known.items())[:num_held_out] if len(texts) > 3]
@@ -204,5 +211,6 @@ if __name__ == "__main__":
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--hold-out", type=int, default=0, metavar="N", help="leave out a description of the first N concepts")
+    parser.add_argument("--go-on", action="store_true", help="start from the encoder in the work folder")
     arguments = parser.parse_args()
-    train(arguments.work, arguments.steps, arguments.hold_out)
+    train(arguments.work, arguments.steps, arguments.hold_out, arguments.go_on)
