@@ -177,15 +177,15 @@ def test_every_token_is_told_what_it_speaks_of(work, scenes, monkeypatch):
     monkeypatch.setattr(
         captions.scenes, "describe_parts", lambda *_: ("two blue apples above an owl", ["two blue apples", "an owl"])
     )
-    tokens, answers = captions.draw(tokenizer, 4, [("a gloss", 2)], random.Random(0))
+    tokens, answers = captions.draw(tokenizer, 2, [("a gloss", 2)], random.Random(0))
     words = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
     told = {word: [answers[head][0, place].item() for head in answers] for place, word in enumerate(words)}
     none, style, background = train_text.NOTHING, 2, 3
     assert told["apples"] == told["two"] == [0, 5, 1, 3, style, background]  # apple, blue, two of them, above
     assert told["owl"] == [2, 0, 0, 4, style, background]  # in its own colour, one, below
     assert told["above"] == told["[CLS]"] == [none] * 4 + [style, background]
-    assert answers["thing"][3].unique().tolist() == [2]  # a gloss is its concept's at every token
-    assert answers["colour"][3].unique().tolist() == [none]
+    assert answers["thing"][1].unique().tolist() == [2]  # a gloss is its concept's at every token
+    assert answers["colour"][1].unique().tolist() == [none]
 
 
 class NoisyShards:
@@ -260,7 +260,9 @@ def test_a_caption_names_the_background(work):
 
     rows = Pictures(work, ("concept",)).rows
     chance = random.Random(0)
-    texts = [caption(row, colour, telling_tags(rows), None, chance) for row in rows for colour in BACKGROUNDS for _ in range(20)]
+    texts = [
+        caption(row, colour, telling_tags(rows), {}, None, chance) for row in rows for colour in BACKGROUNDS for _ in range(20)
+    ]
     for text, colour in zip(texts, [c for _ in rows for c in BACKGROUNDS for _ in range(20)], strict=True):
         assert colour == "white" or colour in text
     assert len(set(texts)) > 100
@@ -290,14 +292,17 @@ def test_every_concept_is_written_once():
 
 
 def test_every_concept_is_described_without_its_name():
-    from captions import descriptions
+    from captions import descriptions, descriptions_for_denoiser, descriptions_for_text
 
     lines = (RECIPE / "concepts.txt").read_text().splitlines()
     concepts = [line for line in lines if line and not line.startswith("#")]
     assert len(descriptions()) == len(concepts)
     for name, texts in descriptions().items():
-        assert len(texts) >= 2
         assert not [text for text in texts if f" {name} " in f" {text} "]
+        for_text, for_denoiser = descriptions_for_text()[name], descriptions_for_denoiser()[name]
+        assert sorted(for_text + for_denoiser) == sorted(texts)
+        assert len(set(texts)) == len(texts)
+        assert len(for_text) > len(for_denoiser) >= 4
 
 
 def test_paraphrases_share_no_word_with_captions(monkeypatch, tmp_path):

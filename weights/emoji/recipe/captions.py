@@ -48,19 +48,40 @@ def descriptions() -> dict[str, list[str]]:
     return {name: texts.split("; ") for name, texts in pairs}
 
 
-def caption(row: dict, background: str, telling: dict[str, list[str]], style: str | None, chance: random.Random) -> str:
+def descriptions_for_text() -> dict[str, list[str]]:
+    """Return the two thirds of every concept's descriptions that the text encoder is taught."""
+    return {name: [text for index, text in enumerate(texts) if index % 3 != 2] for name, texts in descriptions().items()}
+
+
+def descriptions_for_denoiser() -> dict[str, list[str]]:
+    """Return the other third, of which the text encoder is as unsure as of anybody's words.
+
+    So the denoiser learns what to do then: to draw one thing that may be meant, not the mean of several.
+    """
+    return {name: texts[2::3] for name, texts in descriptions().items()}
+
+
+def caption(
+    row: dict,
+    background: str,
+    telling: dict[str, list[str]],
+    described: dict[str, list[str]],
+    style: str | None,
+    chance: random.Random,
+) -> str:
     """Write one caption for a picture on a background.
 
     Args:
         row: the picture's row of `pictures.json` (`name`, `tags`).
         background: a key of `pictures.BACKGROUNDS`.
         telling: what `telling_tags` returned.
+        described: the descriptions of every concept that may be said.
         style: the word to say, if any.
         chance: the source of every choice.
     """
     name = row["name"]
-    if name in descriptions() and chance.random() < 0.45:
-        text = dress(chance.choice(descriptions()[name]), chance)
+    if described.get(name) and chance.random() < 0.45:
+        text = dress(chance.choice(described[name]), chance)
         return on_background(f"{text}, {style} style" if style else text, background, chance)
     if telling[name] and chance.random() < 0.1:
         name = chance.choice(telling[name])

@@ -198,9 +198,11 @@ def _from_hsv(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.
 class Scenes:
     """Draws scenes at random, and what they look like and are called."""
 
-    def __init__(self, pictures: Pictures, colours: Colours, telling: dict[str, list[str]]):
-        """Take the pictures of the concepts, their colours, and what `captions.telling_tags` returned."""
-        self.pictures, self.colours, self.telling = pictures, colours, telling
+    def __init__(
+        self, pictures: Pictures, colours: Colours, telling: dict[str, list[str]], described: dict[str, list[str]] | None = None
+    ):
+        """Take the pictures of the concepts, their colours, `captions.telling_tags`, and the descriptions to say."""
+        self.pictures, self.colours, self.telling, self.described = pictures, colours, telling, described or {}
         self.of_style = {style: [index for index, row in enumerate(pictures.rows) if row["set"] == style] for style in STYLES}
         self.countable = [index for index, row in enumerate(pictures.rows) if is_countable(row["name"])]
         changeable = set(colours.can_change)
@@ -290,9 +292,9 @@ class Scenes:
             row = self.pictures.rows[picture]
             if own and is_countable(row["name"]) and chance.random() < 0.15:
                 row = row | {"name": f"{own} {plain_name(row['name'])}", "tags": []}
-                text = caption(row, scene.background, {row["name"]: []}, scene.style, chance)
+                text = caption(row, scene.background, {row["name"]: []}, self.described, scene.style, chance)
             else:
-                text = caption(row, scene.background, self.telling, scene.style, chance)
+                text = caption(row, scene.background, self.telling, self.described, scene.style, chance)
             return text, [text]
         said = [self._say(thing, chance) for thing in scene.things]
         text = said[0] if scene.relation is None else f"{said[0]} {scene.relation} {said[1]}"

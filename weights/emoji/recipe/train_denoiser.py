@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from build_data import default_work
-from captions import telling_tags
+from captions import descriptions_for_denoiser, telling_tags
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from optimiser import Optimiser
@@ -37,7 +37,7 @@ from text import embed, load_text_encoder
 RECIPE = Path(__file__).parent
 SHARD_SCENES = 2000
 NUM_SHARDS = 32
-CAPTIONS_PER_SCENE = 4
+CAPTIONS_PER_SCENE = 2
 BATCH = 128
 LEARNING_RATE = 1e-3
 CAPTION_DROPOUT = 0.1
@@ -113,7 +113,7 @@ def describe_shard(number: int, scenes: Scenes, encoder: tuple) -> dict[str, tor
     """Describe a shard's scenes and embed what is said.
 
     Returns:
-        `embeddings` (C, T, 384) float16 and `rows` (S, 4): each scene's captions.
+        `embeddings` (C, T, 384) float16 and `rows` (S, 2): each scene's captions.
     """
     chance, texts = random.Random(2_000_003 * (number + 1)), {}
     rows = [
@@ -137,7 +137,7 @@ class Shards:
         autoencoder = AutoencoderKL.from_pretrained(work / "autoencoder").to(memory_format=torch.channels_last)
         painted, said = drawn_from(work, autoencoder), said_from(work, encoder[1])
         pictures = Pictures(work, ("concept",))
-        scenes = Scenes(pictures, Colours(pictures), telling_tags(pictures.rows))
+        scenes = Scenes(pictures, Colours(pictures), telling_tags(pictures.rows), descriptions_for_denoiser())
 
         def make(number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
             return (

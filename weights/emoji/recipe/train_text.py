@@ -2,8 +2,9 @@
 
 all-MiniLM-L6-v2 knows what words mean, but not what the denoiser has to know at each token: which of the things, in
 which colour, how often and where. Linear heads read that off the output while its upper half learns, and are thrown away.
-A second loss keeps the output near what it was. A quarter of the texts are WordNet's glosses of other things, for which
-the original encoder says itself which concept is nearest: so words that no caption holds lead to a concept, too.
+A second loss keeps the output near what it was. Half of the texts are captions of scenes; the others are descriptions, and
+WordNet's glosses of other things, for which the original encoder says itself which concept is nearest: so words that no
+caption holds lead to a concept, too.
 
 Reads captions of scenes (`scenes.py`), no pictures are drawn; writes `text_encoder/` into the work folder.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 from build_data import WORDNET, default_work, npm_package
-from captions import descriptions, dress, telling_tags, with_article
+from captions import descriptions_for_denoiser, descriptions_for_text, dress, telling_tags, with_article
 from pictures import BACKGROUNDS, Pictures
 from precision import fast_autocast
 from rich.progress import track
@@ -31,7 +32,7 @@ LEARNING_RATE = 2e-4
 NEARNESS = 0.2  # weight of staying near the original output, in units of its variance
 NUM_FROZEN = 3  # layers, the lower half
 NUM_GLOSSES = 12_000
-GLOSS_SHARE = 4  # one text in so many is a gloss
+OTHER_SHARE = 2  # one text in so many is a description or a gloss
 LEXICOGRAPHERS = {"05", "06", "08", "13", "17", "19", "20"}  # animal, artifact, body, food, object, phenomenon, plant
 NOTHING = -100  # no answer is asked of this token
 COLOUR_NAMES, BACKGROUND_NAMES, STYLE_NAMES = [None, *COLOURS], list(BACKGROUNDS), list(STYLES)
@@ -45,7 +46,7 @@ class Captions:
         """Read the pictures' names and colours."""
         pictures = Pictures(work, ("concept",))
         self.rows = pictures.rows
-        self.scenes = Scenes(pictures, Colours(pictures), telling_tags(pictures.rows))
+        self.scenes = Scenes(pictures, Colours(pictures), telling_tags(pictures.rows), descriptions_for_text())
         self.names = sorted({row["name"] for row in pictures.rows})
         self.heads = {
             "thing": len(self.names),
@@ -56,12 +57,12 @@ class Captions:
             "background": len(BACKGROUND_NAMES),
         }
 
-    def draw(self, tokenizer, num: int, glosses: list[tuple[str, int]], chance: random.Random) -> tuple[dict, dict]:
-        """Return `num` texts as tokens and, for each head, the answers (num, T); glosses come with their concepts."""
-        scenes = [self.scenes.draw(chance) for _ in range(num - num // GLOSS_SHARE)]
+    def draw(self, tokenizer, num: int, others: list[tuple[str, int]], chance: random.Random) -> tuple[dict, dict]:
+        """Return `num` texts as tokens and, for each head, the answers (num, T); `others` come with their concepts."""
+        scenes = [self.scenes.draw(chance) for _ in range(num - num // OTHER_SHARE)]
         told = [self.scenes.describe_parts(scene, chance) for scene in scenes]
         texts = [text for text, _ in told]
-        more = chance.choices(glosses, k=num - len(texts))
+        more = chance.choices(others, k=num - len(texts))
         tokens = tokenizer(
             texts + [dress(text, chance) for text, _ in more],
             padding=True, max_length=MAX_TOKENS, truncation=True, return_tensors="pt", return_offsets_mapping=True,
@@ -153,23 +154,23 @@ def measure(tokenizer, model: nn.Module, head: nn.Module, names: list[str], pair
     return f"{len(pairs)} unseen descriptions: top-1 {right[1] / len(pairs):.1%}, top-5 {right[5] / len(pairs):.1%}"
 
 
-def train(work: Path, num_steps: int, num_held_out: int, go_on: bool = False) -> None:
-    """Train, and write the encoder; with descriptions held out say how it fares on them, every 100 steps.
+def train(work: Path, num_steps: int, go_on: bool = False) -> None:
+    """Train, and write the encoder; every 100 steps say how it fares on descriptions that it does not learn.
 
     Args:
         work: the folder with the drawn pictures.
         num_steps: how many batches.
-        num_held_out: how many concepts have one description that is not learned from.
         go_on: start from the work folder's encoder: a denoiser that learned from it has less to learn anew.
     """
     torch.manual_seed(0)
     tokenizer, model = load_text_encoder(work if go_on else None)
     captions = Captions(work)
-    known = descriptions()
-    held_out = [(name, texts.pop(2)) for name, texts in list(known.items())[:num_held_out] if len(texts) > 3]
+    known = descriptions_for_text()
+    unseen = [(name, text) for name, texts in descriptions_for_denoiser().items() for text in texts][::11]
     original = load_text_encoder()[1]
     glosses = random.Random(0).sample(read_glosses(work), NUM_GLOSSES)
-    glosses = list(zip(glosses, nearest(tokenizer, original, captions.names, glosses, known).tolist(), strict=True))
+    others = list(zip(glosses, nearest(tokenizer, original, captions.names, glosses, known).tolist(), strict=True))
+    others += [(text, index) for index, name in enumerate(captions.names) for text in known[name]]
     spread = 0.0
     start_learning(model)
     heads = nn.ModuleDict({name: nn.Linear(model.config.hidden_size, size) for name, size in captions.heads.items()})
@@ -180,7 +181,7 @@ def train(work: Path, num_steps: int, num_held_out: int, go_on: bool = False) ->
     optimiser = torch.optim.AdamW(parts, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [part["lr"] for part in parts], num_steps, pct_start=0.1)
     for step in track(range(num_steps), description="text encoder"):
-        tokens, answers = captions.draw(tokenizer, BATCH, glosses, random.Random(7_000_003 + step))
+        tokens, answers = captions.draw(tokenizer, BATCH, others, random.Random(7_000_003 + step))
         with fast_autocast():
             out = model(**tokens)[0]
             with torch.no_grad():
@@ -198,8 +199,7 @@ def train(work: Path, num_steps: int, num_held_out: int, go_on: bool = False) ->
         if step % 100 == 99 or step == num_steps - 1:
             said = ", ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
             print(f"step {step + 1}: near {near.item():.3f}, {said}", flush=True)
-            if held_out:
-                print("  " + measure(tokenizer, model, heads["thing"], captions.names, held_out), flush=True)
+            print("  " + measure(tokenizer, model, heads["thing"], captions.names, unseen), flush=True)
     part = work / "text_encoder.part"
     model.eval().half().save_pretrained(part)
     shutil.rmtree(work / "text_encoder", ignore_errors=True)
@@ -210,7 +210,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=default_work())
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--hold-out", type=int, default=0, metavar="N", help="leave out a description of the first N concepts")
     parser.add_argument("--go-on", action="store_true", help="start from the encoder in the work folder")
     arguments = parser.parse_args()
-    train(arguments.work, arguments.steps, arguments.hold_out, arguments.go_on)
+    train(arguments.work, arguments.steps, arguments.go_on)
