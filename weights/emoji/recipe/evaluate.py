@@ -6,7 +6,7 @@ What is measured, each by its own function:
 - backgrounds: is the border of `a NAME on a COLOUR background` nearest to COLOUR;
 - autoencoder: PSNR of real pictures that it never saw, and whether the judge still recognises them;
 - paraphrases: does the judge recognise what `paraphrases.txt` describes in words that no caption of it holds;
-- styles: does the judge of styles (`styles.py`) see the style asked for;
+- styles: is the real drawing of the concept that the picture is nearest to the one in the style asked for;
 - compositions: two objects, counts, positions, colours, by `geneval.py`;
 - fréchet: distance of the made pictures' features from those of Twemoji's, with other real pictures as the yardstick;
 - nearest: how far the pictures are from the nearest training picture, with real unseen pictures as the yardstick.
@@ -36,7 +36,6 @@ from rich.progress import track
 from rich.table import Table
 from scenes import Colours, Scenes
 from sheets import contact_sheet, write_sheets
-from styles import STYLES, load_style_judge
 from torch.nn import functional as F
 
 NUM_CONCEPTS = 400
@@ -48,6 +47,8 @@ GUIDANCE = 4.0
 BATCH = 10
 BORDER_PX = 3  # inside the margin that every training picture leaves free
 SMALL_PX = 32  # where distances to training pictures are taken
+STYLES = ("fluent", "flat", "noto", "blob")
+MIN_STYLE_RMS = 0.08  # between the drawings of a concept whose style is asked for: some sets draw some things alike
 SHIFT_PX = 3  # training pictures were drawn so far off the centre: a copy may be, too
 
 
@@ -150,22 +151,23 @@ def small(canvases: torch.Tensor) -> torch.Tensor:
     return (F.avg_pool2d(canvases, CANVAS_PX // SMALL_PX) / 2 + 0.5).flatten(1)
 
 
-def nearest_rms(canvases: torch.Tensor, gallery: torch.Tensor, shift_px: int) -> torch.Tensor:
-    """Return each canvas's distance to the nearest picture of the gallery, the best over all shifts of the canvas.
+def distances_rms(canvases: torch.Tensor, gallery: torch.Tensor, shift_px: int, description: str) -> torch.Tensor:
+    """Return each canvas's distance to every picture of the gallery, the best over all shifts of the canvas.
 
     Args:
         canvases: (B, 3, 128, 128) float32 in [-1, 1].
         gallery: (N, 3072), what `small` returned.
         shift_px: how far to shift both ways, pixel by pixel; 0 compares in place.
+        description: what the progress says.
 
     Returns:
-        (B,) root mean square over pixels at 32x32, in [0, 1].
+        (B, N) root mean square over pixels at 32x32, in [0, 1].
     """
-    best = torch.full((len(canvases),), torch.inf)
+    best = torch.full((len(canvases), len(gallery)), torch.inf)
     padded = F.pad(canvases, (shift_px,) * 4, "replicate")
-    for top, left in track(list(itertools.product(range(2 * shift_px + 1), repeat=2)), description=f"nearest, {shift_px} px"):
+    for top, left in track(list(itertools.product(range(2 * shift_px + 1), repeat=2)), description=description):
         queries = small(padded[:, :, top : top + CANVAS_PX, left : left + CANVAS_PX])
-        best = best.minimum(torch.cdist(queries, gallery).min(1).values)
+        best = best.minimum(torch.cdist(queries, gallery))
     return best / gallery.shape[1] ** 0.5
 
 
@@ -178,7 +180,8 @@ def measure_nearest(work: Path, names: list[str], wanted: list[str], pictures: t
     gallery = small(torch.stack([training.canvas(index) for index in range(len(training))]))
     figures = {}
     for place, shift_px in (("centred", 0), ("shifted", SHIFT_PX)):
-        made, twemoji = nearest_rms(queries, gallery, shift_px).split([len(pictures), int(asked.sum())])
+        nearest = distances_rms(queries, gallery, shift_px, f"nearest, {shift_px} px").min(1).values
+        made, twemoji = nearest.split([len(pictures), int(asked.sum())])
         for source, found in (("made", made), ("twemoji", twemoji)):
             figures[f"{source}_{place}"] = {"median": round(found.median().item(), 4), "minimum": round(found.min().item(), 4)}
     return figures
@@ -218,13 +221,37 @@ def measure_paraphrases(work: Path, judge: Judge, names: list[str], pipeline: Di
 
 
 def measure_styles(work: Path, pipeline: DiffusionPipeline, wanted: list[str], limit: int | None) -> dict:
-    """Say how often the style asked for is the one that the judge of styles sees."""
-    judge, facts = load_style_judge(work)
-    pairs = [(name, style) for name in wanted[:NUM_STYLE_CONCEPTS] for style in STYLES][:limit]
-    made = generate(pipeline, [f"{with_article(name)}, {style} style" for name, style in pairs], "styles")
-    seen = judge_pictures(judge, to_unit(made)).argmax(1).tolist()
-    right = [STYLES[index] == style for index, (_, style) in zip(seen, pairs, strict=True)]
-    return {"num": len(pairs), "accuracy": round(sum(right) / len(right), 4), "judge_accuracy": facts["accuracy"]}
+    """Say how often a picture is nearest to the real drawing, among a concept's, in the style asked for.
+
+    Only concepts that every set draws in a way of its own are asked for. `real` is the same for the drawings
+    themselves, off their place and through the autoencoder.
+    """
+    pictures = Pictures(work, ("concept",))
+    index_of = {(row["name"], row["set"]): index for index, row in enumerate(pictures.rows)}
+    drawn = {
+        name: torch.stack([pictures.canvas(index_of[name, style]) for style in STYLES])
+        for name in wanted
+        if all((name, style) in index_of for style in STYLES)
+    }
+    asked = [name for name, canvases in drawn.items() if are_apart(canvases)][:NUM_STYLE_CONCEPTS][:limit]
+    prompts = [f"{with_article(name)}, {style} style" for name in asked for style in STYLES]
+    made = to_unit(generate(pipeline, prompts, "styles"))
+    moved = [pictures.canvas(index_of[name, style], shift=(2, -1)) for name in asked for style in STYLES]
+    real = through_autoencoder(pipeline.vae, torch.stack(moved), "styles, real drawings")
+    gallery = small(torch.cat([drawn[name] for name in asked]))
+    own = torch.arange(len(asked)).repeat_interleave(len(STYLES))  # whose drawings are looked at: the picture's own concept's
+    figures: dict[str, float] = {}
+    for source, canvases in (("accuracy", made), ("real", real)):
+        apart = distances_rms(canvases, gallery, SHIFT_PX, f"styles, {source}")
+        apart[own[:, None] != own[None]] = torch.inf
+        figures[source] = round((apart.argmin(1) == torch.arange(len(canvases))).float().mean().item(), 4)
+    return {"num": len(prompts)} | figures
+
+
+def are_apart(canvases: torch.Tensor) -> bool:
+    """Say whether drawings, (B, 3, 128, 128) in [-1, 1], all differ by more than `MIN_STYLE_RMS`."""
+    shown = small(canvases)
+    return bool(F.pdist(shown).min() / shown.shape[1] ** 0.5 > MIN_STYLE_RMS)
 
 
 def measure_compositions(work: Path, judge: Judge, names: list[str], pipeline: DiffusionPipeline, limit: int | None) -> dict:
@@ -283,7 +310,7 @@ def print_table(report: dict) -> None:
         table.add_row(f"nearest training picture, {place}", f"median {found['median']:.4f}, minimum {found['minimum']:.4f}")
     table.add_row(f"paraphrases, {report['paraphrases']['num']}", f"top-5 {report['paraphrases']['top5']:.1%}")
     styles = report["styles"]
-    table.add_row(f"style obeyed, {styles['num']}", f"{styles['accuracy']:.1%} (its judge {styles['judge_accuracy']:.1%})")
+    table.add_row(f"style obeyed, {styles['num']}", f"{styles['accuracy']:.1%} (real drawings {styles['real']:.1%})")
     for task, share in report["compositions"]["made"].items():
         table.add_row(task, f"{share:.1%} (real scenes {report['compositions']['real'][task]:.1%})")
     frechet = report["frechet"]

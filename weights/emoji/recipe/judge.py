@@ -211,15 +211,15 @@ def unseen_pictures(work: Path, names: list[str]) -> tuple[torch.Tensor, torch.T
     return canvases, torch.tensor([label_of[pictures.rows[index]["name"]] for index in picked])
 
 
-def load_judge(work: Path, name: str = "judge") -> tuple[Judge, dict]:
-    """Load the trained judge, in evaluation mode, and what `judge.json` says of it; `name` is its folder's.
+def load_judge(work: Path) -> tuple[Judge, dict]:
+    """Load the trained judge, in evaluation mode, and what `judge.json` says of it.
 
     Raises:
         SystemExit: there is none yet.
     """
-    folder = work / name
+    folder = work / "judge"
     if not (folder / "judge.json").exists():
-        raise SystemExit(f"{folder} holds no judge yet: run `python {name}.py` first")
+        raise SystemExit(f"{folder} holds no judge yet: run judge.py first")
     facts = json.loads((folder / "judge.json").read_text())
     judge = Judge(len(facts["names"]), tuple(facts["channels"]))
     judge.load_state_dict(load_file(folder / "model.safetensors"))

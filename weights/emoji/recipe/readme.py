@@ -158,7 +158,7 @@ def describe_evaluation(report: dict, first: dict) -> str:
     beside = {
         "Concepts recognised, top-1": f"{report['judge']['accuracy_twemoji']['top1']:.1%} of Twemoji, never seen",
         "Concepts recognised, top-5": f"{report['judge']['accuracy_twemoji']['top5']:.1%}",
-        "Style obeyed": f"{report['styles']['judge_accuracy']:.1%} of real pictures left out",
+        "Style obeyed": f"{report['styles']['real']:.1%} of real drawings",
         "Fréchet distance from Twemoji": f"{report['frechet']['fluent']:.1f}, Fluent's own",
     }
     beside |= {f"{task.capitalize()}": f"{share:.1%} of real scenes" for task, share in real.items()}
