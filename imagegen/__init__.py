@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from imagegen.request import DataError, Error, ModelError, PlanError, ReceiptError, RequestError
 
 if TYPE_CHECKING:
+    from imagegen.batch import generate_batch
     from imagegen.comparison import compare
     from imagegen.finetune import distill, finetune
     from imagegen.loader import load
@@ -36,6 +37,7 @@ _HOME = {
     "compare": "comparison",
     "distill": "finetune",
     "finetune": "finetune",
+    "generate_batch": "batch",
     "import_reference": "reference_set",
     "load": "loader",
     "read_receipt": "receipt",
@@ -61,6 +63,7 @@ __all__ = [
     "compare",
     "distill",
     "finetune",
+    "generate_batch",
     "import_reference",
     "load",
     "read_receipt",

@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from imagegen.request import PICTURES, ReceiptError, Request, RequestError
 
@@ -142,7 +142,7 @@ def remembered_prompt(picture: "Image") -> str:
         return ""
 
 
-def open_picture(path: str | Path) -> tuple["Image", Receipt]:
+def open_picture(path: "str | Path | BinaryIO") -> tuple["Image", Receipt]:
     """Open a PNG and its receipt: the picture as RGB, and what it remembers.
 
     Raises:
@@ -164,8 +164,8 @@ def open_picture(path: str | Path) -> tuple["Image", Receipt]:
     return picture, parse_receipt(str(text))
 
 
-def read_receipt(path: str | Path) -> Receipt:
-    """Return the receipt of a PNG.
+def read_receipt(path: "str | Path | BinaryIO") -> Receipt:
+    """Return the receipt of a PNG, a file or an open one.
 
     Raises:
         ReceiptError: the file is missing, is no picture, or carries no receipt.

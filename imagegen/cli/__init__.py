@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from imagegen.cli import models, pictures, plans, serving, training
+from imagegen.cli import batches, models, pictures, plans, serving, training
 from imagegen.cli.shell import CheckFailed, app
 from imagegen.request import FOREIGN_NAMES, Error
 from imagegen.startup import STOPPED
@@ -77,4 +77,4 @@ def _explain_option(given: str) -> str:
     return f"no option {given}: did you mean --{near[0]}?" if near else f"no option {given}: see --help"
 
 
-__all__ = ["app", "models", "pictures", "plans", "run", "serving", "training"]
+__all__ = ["app", "batches", "models", "pictures", "plans", "run", "serving", "training"]

@@ -83,14 +83,23 @@ def add_loras(model: "Model", given: list[str] | None) -> None:
         ModelError: a file is no LoRA for this model.
     """
     for text in given or ():
-        path, _, weight = text.rpartition(":")
-        if not path or Path(text).exists():
-            path, weight = text, "1"
-        try:
-            strength = float(weight)
-        except ValueError:
-            raise RequestError(f"--lora must be FILE or FILE:WEIGHT, got {text!r}") from None
-        model.add_lora(path, weight=strength)
+        path, weight = parse_lora(text)
+        model.add_lora(path, weight=weight)
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """Split `FILE` or `FILE:WEIGHT`.
+
+    Raises:
+        RequestError: the weight is no number.
+    """
+    path, _, weight = text.rpartition(":")
+    if not path or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise RequestError(f"--lora must be FILE or FILE:WEIGHT, got {text!r}") from None
 
 
 def add_guides(model: "Model", control: Path | None, style: Path | None, encoder: Path | None) -> None:
