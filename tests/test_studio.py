@@ -24,11 +24,12 @@ from imagegen import server, studio
 from imagegen.catalog import FAMILIES
 from imagegen.engine import Engine
 from imagegen.finetune.data import find_faults
+from imagegen.studio import named
 from imagegen.studio.contest import Contest, chance_of, default_floor, hold_models, tally
 from imagegen.studio.enhance import Writer, enhance
 from imagegen.studio.figures import figures_of, keep_figures, kept_figures, measure_tiers, say
 from imagegen.studio.flags import flags_of, read_flags, without_flags
-from imagegen.studio.generate import painted
+from imagegen.studio.making import painted
 from imagegen.studio.training import gather, write_captions
 from imagegen.studio.visitors import Visitors, folder_name
 
@@ -135,6 +136,20 @@ def test_leaving_the_page_stops_the_work(page, steps_run, served):
     page.goto("about:blank")
     wait_until_idle(served)
     assert len(steps_run) < 90
+
+
+def test_models_to_compare_with_are_told_apart(tmp_path):
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    one, other, alone = tmp_path / "a/same.gguf", tmp_path / "b/same.gguf", tmp_path / "c/alone.gguf"
+    for file in (one, other, alone):
+        file.touch()
+    assert named([one, other, alone, "org/name"]) == {
+        str(one): str(one),
+        str(other): str(other),
+        "alone": str(alone),
+        "org/name": "org/name",
+    }
 
 
 def test_compare_with_stock_diffusers(page):

@@ -18,7 +18,8 @@ from imagegen.request import RequestError
 from imagegen.studio.blind import connect_blind, lay_out_blind
 from imagegen.studio.compare import UPLOAD, connect_compare, lay_out_compare, refresh_compare
 from imagegen.studio.figures import kept_figures
-from imagegen.studio.generate import connect_generate, follow, lay_out_generate, refresh_generate
+from imagegen.studio.generate import connect_generate, lay_out_generate, refresh_generate
+from imagegen.studio.making import follow
 from imagegen.studio.parts import PRIVATE, Desk, Studio, import_gradio
 from imagegen.studio.sets import connect_sets, lay_out_sets, refresh_sets
 from imagegen.studio.train import connect_train, lay_out_train, refresh_train
@@ -46,6 +47,13 @@ def find_offers(model: Model, loras: Path | None, references: Path | None) -> tu
     sets = {EMBEDDED: embedded_folder() / "references"} if model.family.name == EMBEDDED else {}
     sets |= {path.parent.name: path.parent for path in sorted(references.glob(f"*/{REFERENCE_FILE}"))} if references else {}
     return {file.stem: file for file in files}, {name: place for name, place in sets.items() if place.is_dir()}
+
+
+def named(models: Iterable[str | Path]) -> dict[str, str]:
+    """Return models by the names that the page shows: a file's or folder's own where no other has it, else all of it."""
+    sources = [str(source) for source in models]
+    short = [Path(source).stem if Path(source).exists() else source for source in sources]
+    return {name if short.count(name) == 1 else source: source for name, source in zip(short, sources, strict=True)}
 
 
 def build(
@@ -79,7 +87,7 @@ def build(
     queue = engine if isinstance(engine, Engine) else Engine(engine)
     model = queue.model
     offers = find_offers(model, Path(loras) if loras else None, Path(references) if references else None)
-    others = {Path(source).stem if Path(source).exists() else str(source): str(source) for source in models}
+    others = named(models)
     studio = Studio(queue, Visitors(folder), *offers, others, figures=kept_figures(folder, model))
     dtype = str(model.dtype).removeprefix("torch.")
     about = f"Model {html.escape(Path(model.source).name)}, {dtype} on {model.device.type}, plan {html.escape(model.plan.name)}"
