@@ -1,0 +1,96 @@
+"""On a cluster of Ray's on this machine: whatever is killed, every picture is made once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from needs import need
+
+from imagegen import fidelity
+from imagegen.receipt import open_picture
+
+need("ray")
+pytestmark = pytest.mark.slow
+WORDS = ("a red apple", "a blue heart", "a cat face", "a rocket", "a pizza on a pink background")
+NUM = 500
+PATIENCE_S = 300  # until something must have happened; nothing is measured by it
+
+
+def rows_of(out):
+    file = out / "manifest.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def wait_for(what, run):
+    until = time.monotonic() + PATIENCE_S
+    while not what():
+        assert run.poll() is None, run.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def workers_of(run):
+    """Return the processes that hold a model: Ray names them by their class."""
+    return [child for child in psutil.Process(run.pid).children(recursive=True) if "ray::_Worker" in " ".join(child.cmdline())]
+
+
+def start(file, out, workers, **more):
+    command = [sys.executable, "-m", "imagegen", "batch", str(file), "--out", str(out), "--workers", str(workers)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_five_hundred_pictures_though_three_workers_and_the_driver_are_killed(model, tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    asked = [{"id": f"n{n}", "prompt": WORDS[n % 5], "seed": n, "num_steps": 2 + n % 2} for n in range(NUM)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    run = start(file, out, 2)
+    for at in (NUM // 10, NUM // 4, NUM // 2):
+        wait_for(lambda at=at: len(rows_of(out)) >= at and workers_of(run), run)
+        os.kill(workers_of(run)[0].pid, signal.SIGKILL)
+    wait_for(lambda: len(rows_of(out)) >= NUM * 3 // 4, run)
+    orphans = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    run.communicate()
+    assert NUM * 3 // 4 <= len(rows_of(out)) < NUM
+    made = {file: file.stat().st_mtime_ns for file in out.glob("*.png")}
+    second = start(file, out, 2)
+    output, errors = second.communicate(timeout=PATIENCE_S)
+    assert second.returncode == 0, errors
+    rows = [json.loads(row) for row in rows_of(out)]
+    assert sorted(row["id"] for row in rows) == sorted(row["id"] for row in asked)
+    assert sorted(file.name for file in out.glob("*.png")) == sorted(row["file"] for row in rows)
+    assert {file: file.stat().st_mtime_ns for file in made} == made, "nothing is made twice"
+    for row in asked:
+        picture, receipt = open_picture(out / f"{row['id']}.png")
+        assert receipt.request["prompt"] == row["prompt"]
+        alone = model.generate(row["prompt"], seed=row["seed"], num_steps=row["num_steps"]).images[0]
+        assert fidelity.psnr_db(picture, alone) >= 60
+    _, alive = psutil.wait_procs(orphans, timeout=PATIENCE_S)
+    assert not alive, "the killed driver left processes behind"
+
+
+def test_a_hundred_thousand_requests_wait_outside_of_the_memory(tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    with file.open("w") as opened:
+        for number in range(100_000):
+            opened.write(json.dumps({"id": f"n{number}", "prompt": WORDS[number % 5], "seed": number, "num_steps": 1}) + "\n")
+    small = tmp_path / "small.jsonl"
+    small.write_text(json.dumps({"id": "x", "prompt": "a red apple", "seed": 1, "num_steps": 400}) + "\n")
+    peaks = []
+    for prompts in (small, file):
+        folder = out / prompts.stem
+        run = start(prompts, folder, 2, start_new_session=True)
+        driver, peak = psutil.Process(run.pid), 0
+        until = time.monotonic() + PATIENCE_S
+        while run.poll() is None and len(rows_of(folder)) < 200 and time.monotonic() < until:
+            peak = max(peak, driver.memory_info().rss)
+            time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 500 * 2**20, [f"{peak / 2**20:.0f} MiB" for peak in peaks]
