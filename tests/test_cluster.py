@@ -59,7 +59,7 @@ def test_five_hundred_pictures_though_three_workers_and_the_driver_are_killed(mo
     assert NUM * 3 // 4 <= len(rows_of(out)) < NUM
     made = {file: file.stat().st_mtime_ns for file in out.glob("*.png")}
     second = start(file, out, 2)
-    output, errors = second.communicate(timeout=PATIENCE_S)
+    _output, errors = second.communicate(timeout=PATIENCE_S)
     assert second.returncode == 0, errors
     rows = [json.loads(row) for row in rows_of(out)]
     assert sorted(row["id"] for row in rows) == sorted(row["id"] for row in asked)
