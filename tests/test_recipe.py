@@ -188,6 +188,19 @@ def test_every_token_is_told_what_it_speaks_of(work, scenes, monkeypatch):
     assert answers["colour"][1].unique().tolist() == [none]
 
 
+def test_what_is_meant_most_stays_so_where_the_words_are_unsure():
+    from train_denoiser import UNSURE_SHARE, make_unsure
+
+    sure = torch.eye(400)[:, None]  # everybody says another thing
+    unsure = make_unsure(sure, torch.Generator().manual_seed(0))
+    assert torch.equal(unsure[:, 0].argmax(-1), torch.arange(400))
+    assert torch.allclose(unsure.sum(-1), torch.ones(400, 1))
+    second = unsure[:, 0].topk(2).values
+    assert (second[:, 0] > 1.2 * second[:, 1]).all()
+    changed = (unsure != sure).any(-1).float().mean()
+    assert abs(changed - UNSURE_SHARE) < 0.1
+
+
 class NoisyShards:
     """Stands for the cached scenes: what the training does with them does not depend on what they show."""
 

@@ -44,6 +44,8 @@ CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
 DECAY_SHARE = 0.25
 SINGLE_SHARE = 0.55
+UNSURE_SHARE = 0.5  # of the single things
+MAX_UNSURE = 0.55  # of the words that are others', shared by two of them
 
 
 def new_denoiser() -> UNet2DConditionModel:
@@ -166,7 +168,9 @@ class Shards:
         which = torch.randint(self.rows.shape[1], (num,), generator=chance)
         rows, shards = self.rows[picked, which], self.shard_of[picked]
         words = [self.embeddings[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)]
-        return self.latents[picked].float(), torch.stack(words).float(), torch.rand(num, generator=chance) < CAPTION_DROPOUT
+        embeddings = torch.stack(words).float()
+        embeddings[:num_single] = make_unsure(embeddings[:num_single], chance)
+        return self.latents[picked].float(), embeddings, torch.rand(num, generator=chance) < CAPTION_DROPOUT
 
 
 def kept(file: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -175,6 +179,19 @@ def kept(file: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, t
         torch.save(make(), file.with_suffix(".part"))
         os.replace(file.with_suffix(".part"), file)
     return torch.load(file, weights_only=True, mmap=True)
+
+
+def make_unsure(words: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
+    """Blend the embeddings of some captions with less of two others', (B, T, 384).
+
+    So a text encoder says that it is unsure: the denoiser learns to draw what is meant most, not the mean of all.
+    """
+    weight = torch.rand(len(words), generator=chance) * MAX_UNSURE
+    weight *= torch.rand(len(words), generator=chance) < UNSURE_SHARE
+    split = 0.35 + 0.3 * torch.rand(len(words), generator=chance)
+    one, other = (words[torch.randperm(len(words), generator=chance)] for _ in range(2))
+    weight, split = weight[:, None, None], split[:, None, None]
+    return (1 - weight) * words + weight * (split * one + (1 - split) * other)
 
 
 def make_noisy(latents: torch.Tensor, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
