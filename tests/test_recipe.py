@@ -318,6 +318,14 @@ def test_every_concept_is_described_without_its_name():
         assert len(for_text) > len(for_denoiser) >= 4
 
 
+def test_every_gloss_is_one_definition_of_one_concept():
+    from captions import descriptions
+
+    rows = [line.split("\t") for line in (RECIPE / "glosses.txt").read_text().splitlines() if not line.startswith("#")]
+    assert len({offset for offset, _ in rows}) == len(rows) > 7000
+    assert all(len(offset) == 8 and offset.isdigit() and concept in descriptions() for offset, concept in rows)
+
+
 def test_paraphrases_share_no_word_with_captions(monkeypatch, tmp_path):
     import evaluate
 
