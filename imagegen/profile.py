@@ -102,7 +102,7 @@ def read_profile(path: str | Path) -> Profile:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(f"no profile {str(path)!r}: imagegen tune writes one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"the profile {str(path)!r} cannot be read: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("version"), int):
         raise PlanError(f"{str(path)!r} is no profile of imagegen tune")

@@ -75,7 +75,7 @@ class Receipt:
         weights = next(iter(denoisers or hashes.values()), "")
         fields = {
             "Steps": request["num_steps"],
-            "Sampler": request["scheduler"] or self.environment.get("scheduler", "default"),
+            "Sampler": request.get("scheduler") or self.environment.get("scheduler", "default"),
             "CFG scale": f"{request['guidance']:g}",
             "Seed": request["seed"],
             "Size": f"{request['width']}x{request['height']}",

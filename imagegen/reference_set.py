@@ -176,7 +176,7 @@ def open_reference(folder: str | Path) -> ReferenceSet:
         data = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{str(folder)!r} holds no {FILE}: record or import it with imagegen reference") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{str(folder / FILE)!r} cannot be read: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("version"), int) or not isinstance(data.get("pictures"), list):
         raise DataError(f"{str(folder / FILE)!r} is no reference set")
@@ -288,7 +288,7 @@ def _read_metadata(file: Path) -> dict[str, dict[str, Any]]:
         try:
             row = json.loads(line)
             name = row.pop("file_name")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise DataError(f"{str(file)!r}, line {number}: no JSON object with a file_name ({error})") from None
         if "text" in row:
             row["prompt"] = row.pop("text")

@@ -301,7 +301,7 @@ def _parts_of_folder(folder: Path, dtype: torch.dtype, num_steps: int) -> list[P
         def config(part: str) -> dict[str, Any]:
             try:
                 return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise ModelError(f"{str(folder / part / 'config.json')!r} cannot be read: {error}") from None
 
         with made_in("meta", dtype):

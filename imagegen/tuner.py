@@ -446,7 +446,7 @@ def _read_log(path: Path) -> Iterator[tuple[str, Trial]]:
     for line in lines:
         try:
             trial = Trial(**json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
         for row in trial.measured:  # null stands for identical
             row.update({name: math.inf for name in ("psnr_db", "foreground_psnr_db") if row.get(name) is None})

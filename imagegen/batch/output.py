@@ -55,7 +55,7 @@ class Output:
             self._still_failing: set[int] = set()  # in this run
             self._outdated = False  # some rows are to be left out in the end
             self._read_manifest()
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, RecursionError) as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"cannot write into {self.folder!r}: {_why(error)}; choose another --out") from None

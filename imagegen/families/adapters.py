@@ -128,7 +128,7 @@ def export_kohya(file: Path, to: Path) -> Path:
     """
     file = file / FILE if file.is_dir() else file
     tensors, metadata = _read(file)
-    adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    adapter = _config_of(metadata, file)
     made: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         found = LAYER.fullmatch(name)
@@ -232,6 +232,21 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 @torch.no_grad()
+def _config_of(metadata: dict[str, str], file: Path) -> dict[str, Any]:
+    """Return peft's settings of an adapter, as its file says them.
+
+    Raises:
+        ModelError: they are damaged.
+    """
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ModelError(f"{str(file)!r} says of itself what is no JSON object: it is damaged")
+    return config
+
+
 def merge_file(module: torch.nn.Module, file: Path) -> None:
     """Put trained weights into a denoiser: all of them, or a LoRA of ours, whose products are added.
 
@@ -243,7 +258,7 @@ def merge_file(module: torch.nn.Module, file: Path) -> None:
         ModelError: it does not fit.
     """
     tensors, metadata = _read(file)
-    adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    adapter = _config_of(metadata, file)
     found = {name: LAYER.fullmatch(name) for name in tensors}
     if not any(found.values()):
         try:
@@ -278,7 +293,7 @@ def _from_peft(pipeline: Any, file: Path) -> dict[str, torch.Tensor]:
     try:
         config = json.loads((file.parent / PEFT_CONFIG).read_text(encoding="utf-8"))
         scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise ModelError(f"{str(file)!r} is in peft's layout, and its {PEFT_CONFIG} cannot be read: {error}") from None
     part = denoiser_name(pipeline)
     scaled = {key: value * scale if ".lora_B." in key else value for key, value in _read(file)[0].items()}

@@ -30,7 +30,7 @@ def load_control(pipeline: Any, folder: Path) -> torch.nn.Module:
         raise ModelError(f"diffusers has no ControlNet for a {type(pipeline).__name__}: use image= and strength= instead")
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ModelError(f"no ControlNet {str(folder)!r}: give the folder of one, with its config.json") from None
     with quiet():
         import diffusers

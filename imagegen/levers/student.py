@@ -105,6 +105,6 @@ def read_facts(file: Path) -> dict[str, Any]:
         facts = json.loads(adapters.read_metadata(file)["imagegen"])
         if isinstance(facts["student_steps"], int) and isinstance(facts["teacher_steps"], int) and facts["model_sha256"].items():
             return facts
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         pass
     raise ModelError(f"{str(file)!r} is no student that imagegen distill made: its file does not say how many steps it takes")

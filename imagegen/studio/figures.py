@@ -119,5 +119,5 @@ def kept_figures(root: Path, model: "Model") -> dict[str, dict[str, Any]]:
         kept = json.loads((root / FILE).read_text(encoding="utf-8"))
         plans = kept.pop("plans")
         return dict(plans) if kept == json.loads(json.dumps(_fingerprint(model))) else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

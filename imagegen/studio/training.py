@@ -160,7 +160,7 @@ def start(studio: Studio, place: Path) -> Run:
         raise DataError(f"the training {place.name!r} is running: stop it first")
     try:
         settings = json.loads((place / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise DataError(f"the training {place.name!r} has no readable settings: start a new one") from None
     run = studio.trainings[place] = Run(place, losses=read_losses(place))
     threading.Thread(target=_train, args=(studio, run, settings), name="imagegen-training", daemon=True).start()
