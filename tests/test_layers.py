@@ -43,6 +43,7 @@ ORDER = [
     "tuner",
     "finetune",
     "engine",
+    "batch",
     "bench",
     "studio",
     "server",

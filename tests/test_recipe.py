@@ -189,16 +189,18 @@ def test_every_token_is_told_what_it_speaks_of(work, scenes, monkeypatch):
 
 
 def test_what_is_meant_most_stays_so_where_the_words_are_unsure():
-    from train_denoiser import UNSURE_SHARE, make_unsure
+    from train_denoiser import MAX_STRAYS, UNSURE_SHARE, make_unsure
 
-    sure = torch.eye(400)[:, None]  # everybody says another thing
+    sure = torch.eye(400)[:, None].repeat(1, 64, 1)  # everybody says another thing, in 64 tokens
     unsure = make_unsure(sure, torch.Generator().manual_seed(0))
-    assert torch.equal(unsure[:, 0].argmax(-1), torch.arange(400))
-    assert torch.allclose(unsure.sum(-1), torch.ones(400, 1))
-    second = unsure[:, 0].topk(2).values
-    assert (second[:, 0] > 1.2 * second[:, 1]).all()
-    changed = (unsure != sure).any(-1).float().mean()
-    assert abs(changed - UNSURE_SHARE) < 0.1
+    assert torch.allclose(unsure.sum(-1), torch.ones(400, 64))
+    said = unsure.mean(1)
+    assert (said.argmax(-1) == torch.arange(400)).float().mean() > 0.97
+    changed = (unsure != sure).any(-1)
+    assert abs((~changed).all(-1).float().mean() - (1 - UNSURE_SHARE) ** 2) < 0.1, "some are left as they are"
+    strays = (unsure.argmax(-1) != torch.arange(400)[:, None]).float().mean(1)
+    assert 0.3 < strays.max() < MAX_STRAYS + 0.2
+    assert (strays == 0).float().mean() > 0.4
 
 
 class NoisyShards:

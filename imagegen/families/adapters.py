@@ -231,7 +231,6 @@ def read_metadata(file: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-@torch.no_grad()
 def _config_of(metadata: dict[str, str], file: Path) -> dict[str, Any]:
     """Return peft's settings of an adapter, as its file says them.
 
@@ -247,6 +246,7 @@ def _config_of(metadata: dict[str, str], file: Path) -> dict[str, Any]:
     return config
 
 
+@torch.no_grad()
 def merge_file(module: torch.nn.Module, file: Path) -> None:
     """Put trained weights into a denoiser: all of them, or a LoRA of ours, whose products are added.
 

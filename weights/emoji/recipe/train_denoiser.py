@@ -45,7 +45,8 @@ EMA_DECAY = 0.999
 DECAY_SHARE = 0.25
 SINGLE_SHARE = 0.55
 UNSURE_SHARE = 0.5  # of the single things
-MAX_UNSURE = 0.55  # of the words that are others', shared by two of them
+MAX_UNSURE = 0.55  # of every token's embedding that is others', shared by two of them
+MAX_STRAYS = 0.4  # of the tokens that speak of something else
 
 
 def new_denoiser() -> UNet2DConditionModel:
@@ -182,16 +183,21 @@ def kept(file: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, t
 
 
 def make_unsure(words: torch.Tensor, chance: torch.Generator) -> torch.Tensor:
-    """Blend the embeddings of some captions with less of two others', (B, T, 384).
+    """Blend the embeddings of some captions with less of two others', and change some tokens for a third's, (B, T, 384).
 
-    So a text encoder says that it is unsure: the denoiser learns to draw what is meant most, not the mean of all.
+    So a text encoder says that it is unsure: every token of it, and its tokens among themselves. The denoiser learns to draw
+    what is meant most, not the mean of all.
     """
-    weight = torch.rand(len(words), generator=chance) * MAX_UNSURE
-    weight *= torch.rand(len(words), generator=chance) < UNSURE_SHARE
-    split = 0.35 + 0.3 * torch.rand(len(words), generator=chance)
-    one, other = (words[torch.randperm(len(words), generator=chance)] for _ in range(2))
-    weight, split = weight[:, None, None], split[:, None, None]
-    return (1 - weight) * words + weight * (split * one + (1 - split) * other)
+
+    def some(most: float) -> torch.Tensor:
+        amount = most * torch.rand(len(words), generator=chance) * (torch.rand(len(words), generator=chance) < UNSURE_SHARE)
+        return amount[:, None, None]
+
+    weight, strays = some(MAX_UNSURE), some(MAX_STRAYS)
+    split = 0.35 + 0.3 * torch.rand(len(words), 1, 1, generator=chance)
+    one, other, third = (words[torch.randperm(len(words), generator=chance)] for _ in range(3))
+    blended = (1 - weight) * words + weight * (split * one + (1 - split) * other)
+    return torch.where(torch.rand(*words.shape[:2], 1, generator=chance) < strays, third, blended)
 
 
 def make_noisy(latents: torch.Tensor, chance: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
