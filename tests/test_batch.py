@@ -149,6 +149,7 @@ def test_what_was_made_otherwise_is_neither_kept_nor_lost(model, prompts, tmp_pa
     assert (out / "p0.png").read_bytes() == before
     with pytest.raises(imagegen.RequestError, match="made with plan 'exact', now 'fast': choose another --out"):
         generate_batch(prompts, out, model=ModelRecipe("emoji", {"plan": "fast"}))
+    assert generate_batch(prompts, out, model=model).made == 0, "a run that was refused holds nobody up"
 
 
 def test_two_runs_do_not_write_into_one_folder(prompts, tmp_path):

@@ -43,11 +43,13 @@ class Output:
         from fsspec.implementations.local import LocalFileSystem
 
         self.folder = str(folder)
+        self._lock: int | None = None
         try:
             self._files, self._path = fsspec.core.url_to_fs(self.folder)
             self._local = isinstance(self._files, LocalFileSystem)
             self._files.makedirs(self._path, exist_ok=True)
-            self._lock = self._take_lock() if self._local else None
+            if self._local:
+                self._lock = self._take_lock()
             self._check_settings(settings)
             self._present = {name for place in self._files.ls(self._path, detail=False) if (name := _stem(place)) is not None}
             self.finished: dict[str, str] = {}
@@ -56,6 +58,7 @@ class Output:
             self._outdated = False  # some rows are to be left out in the end
             self._read_manifest()
         except (OSError, ValueError, ImportError, RecursionError) as error:
+            self._let_go()
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"cannot write into {self.folder!r}: {_why(error)}; choose another --out") from None
@@ -69,8 +72,12 @@ class Output:
             if kind is None and (self._outdated or self._faults.keys() != self._still_failing):
                 self._tidy(self._still_failing)
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def state_of(self, line: Line) -> str:
         """Return `made`, `adopted` or `missing`; what was found without its row gets one.
