@@ -1,7 +1,9 @@
 """A batch makes one picture for every line, once, whatever stopped it before."""
 
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,15 +175,17 @@ def test_any_folder_that_fsspec_knows(model, prompts):
 
 def test_a_full_disk_is_one_line_and_leaves_no_torn_picture(model, prompts, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    whole = Path.write_bytes
+    plain = Path.open
 
-    def full(self, content):
-        if self.name == ".p2.png.part":
-            whole(self, content[:10])
+    class Full(io.FileIO):
+        def write(self, content):
+            super().write(content[:10])
             raise OSError(28, "No space left on device")
-        return whole(self, content)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    def opens(self, *arguments, **options):
+        return Full(self, "w") if self.name == ".p2.png.part" else plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", opens)
     with pytest.raises(imagegen.RequestError, match=r"cannot write p2\.png into .*: No space left on device"):
         generate_batch(prompts, out, model=model)
     assert not [file for file in out.iterdir() if file.name.startswith(".p2")]
@@ -238,3 +242,24 @@ def test_the_command_says_what_failed_and_exits_with_1(tmp_path):
 def test_numbers_out_of_range(prompts, tmp_path, given):
     with pytest.raises(imagegen.RequestError, match="must be a whole number from 1 to 1024"):
         generate_batch(prompts, tmp_path / "out", **given)
+
+
+def test_other_weights_under_the_same_name_are_another_model(folder_of, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folder_of("sd1.5"), tmp_path / "model")
+    before = ModelRecipe(str(folder)).settings()
+    monkeypatch.chdir(tmp_path)
+    assert ModelRecipe("model").settings() == before, "the same folder, named otherwise"
+    assert ModelRecipe("model").from_anywhere().source == str(folder)
+    weights = next((folder / "unet").glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors[min(tensors)] += 1
+    save_file(tensors, weights)
+    with Output(tmp_path / "out", before):
+        pass
+    with (
+        pytest.raises(imagegen.RequestError, match=r"were made with model .*: choose another --out"),
+        Output(tmp_path / "out", ModelRecipe("model").settings()),
+    ):
+        pass

@@ -8,7 +8,8 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -110,7 +111,7 @@ class Output:
             RequestError: the disk is full, or the folder cannot be written any more.
         """
         try:
-            self._write_whole(f"{line.name}.png", png)
+            self._write_whole(f"{line.name}.png", [png])
         except OSError as error:
             raise RequestError(f"cannot write {line.name}.png into {self.folder!r}: {_why(error)}") from None
         self._record(line)
@@ -156,7 +157,7 @@ class Output:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         place = self._at(SETTINGS)
         if not self._files.exists(place):
-            self._write_whole(SETTINGS, json.dumps(settings, indent=1).encode())
+            self._write_whole(SETTINGS, [json.dumps(settings, indent=1).encode()])
             return
         before = json.loads(self._files.cat_file(place))
         if not isinstance(before, dict):
@@ -193,22 +194,26 @@ class Output:
     def _tidy(self, failing: set[int]) -> None:
         """Write the manifest anew: the last row of every picture, and of every line that fails."""
         last = {_subject(row): index for index, content in enumerate(self._rows()) if (row := _row(content)) is not None}
-        content = b"".join(
+        kept = (
             content.rstrip(b"\n") + b"\n"
             for index, content in enumerate(self._rows())
             if (row := _row(content)) is not None and last[_subject(row)] == index and ("file" in row or row["line"] in failing)
         )
-        self._write_whole(MANIFEST, content)
+        self._write_whole(MANIFEST, kept)
         self._outdated = False
 
-    def _write_whole(self, name: str, content: bytes) -> None:
-        """Write a file so that it appears whole or not at all."""
+    def _write_whole(self, name: str, content: Iterable[bytes]) -> None:
+        """Write a file, given in pieces, so that it appears whole or not at all."""
         if not self._local:
-            self._files.pipe_file(self._at(name), content)
+            with tempfile.NamedTemporaryFile() as whole:
+                whole.writelines(content)
+                whole.flush()
+                self._files.put_file(whole.name, self._at(name))
             return
         part = Path(self._at(f".{name}.part"))
         try:
-            part.write_bytes(content)
+            with part.open("wb") as opened:
+                opened.writelines(content)
             os.replace(part, self._at(name))
         except BaseException:
             part.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ Ray is imported where it is used: it is an extra.
 """
 
 import contextlib
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -27,7 +28,7 @@ class ModelRecipe:
     """How to load a model, in whatever process.
 
     Attributes:
-        source: what `load` takes; paths are absolute.
+        source: what `load` takes.
         options: its keyword arguments.
         loras: files and weights.
     """
@@ -50,18 +51,34 @@ class ModelRecipe:
         return model
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the pictures: the model as receipts record it, dtype, plan and LoRAs."""
+        """Return what decides the pictures: the model's name and weights, dtype, plan and LoRAs."""
         from imagegen.loader import find_model
-        from imagegen.weights import hash_file
+        from imagegen.sources import files_of
+        from imagegen.weights import hash_file, hash_files
 
         where = {name: self.options.get(name) for name in ("revision", "variant", "base", "vae")}
-        found = find_model(self.source, where)[0].recorded()
+        source, of_janus = find_model(self.source, where)
+        files = files_of(source) if of_janus is None else {path.name: path for path in of_janus.weights()}
+        weights = hashlib.sha256("".join(sorted(hash_files(files).values())).encode()).hexdigest()
         dtype = self.options.get("dtype")
         loras = [
             [Path(path).name, hash_file(Path(path)) if Path(path).is_file() else None, weight] for path, weight in self.loras
         ]
         plan = self.options.get("plan", "exact")
-        return {"model": found, "dtype": dtype and str(dtype), "plan": str(getattr(plan, "name", plan)), "loras": loras}
+        model = {"name": Path(source.name).name, "sha256": weights}
+        return {"model": model, "dtype": dtype and str(dtype), "plan": str(getattr(plan, "name", plan)), "loras": loras}
+
+    def from_anywhere(self) -> "ModelRecipe":
+        """Return the same with absolute paths, for processes that run in other folders."""
+        from imagegen.sources import local_path
+
+        def absolute(value: str | Path) -> str:
+            path = local_path(value)
+            return str(value) if path is None else str(path.absolute())
+
+        options = {name: absolute(value) if name in ("base", "vae") and value else value for name, value in self.options.items()}
+        loras = tuple((str(Path(path).absolute()), weight) for path, weight in self.loras)
+        return ModelRecipe(absolute(self.source), options, loras)
 
 
 class Maker:
@@ -132,7 +149,7 @@ def on_ray(
         cpus = max(1, int(have.get("CPU", 1)) // workers)
         gpus = 0 if recipe.options.get("device") == "cpu" else min(1, have.get("GPU", 0) / workers)
         actor: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=MAX_DEATHS)(_Worker)
-        pool: list[Any] = [actor.remote(recipe, max_batch) for _ in range(workers)]
+        pool: list[Any] = [actor.remote(recipe.from_anywhere(), max_batch) for _ in range(workers)]
         try:
             ray.get([worker.ready.remote() for worker in pool])
         except ray.exceptions.RayError as error:
