@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from imagegen import fidelity
 from imagegen.fit import HARMLESS
 from imagegen.loader import load
-from imagegen.measure import versions
+from imagegen.measure import environment
 from imagegen.model import Model
 from imagegen.receipt import Receipt, describe_request, open_picture, pixels_sha256
 from imagegen.request import PICTURES, SETTINGS, ReceiptError, Request, build_request
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # The drift between fp32 runs that should be equal: over batch sizes and thread counts of one CPU.
 FLOOR_MAX_DIFFERENCE = 2  # of 255
 FLOOR_PSNR_DB = 50.0
+LESS_DB = 3.0  # a difference that halves, in power, without the levers is theirs
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,27 @@ def replay(
         )
     settings = {name: recorded[name] for name in SETTINGS if recorded.get(name) is not None} | {"num_images": 1}
     request = build_request(recorded["prompt"], used.family, settings | pictures)
-    with used.plan_for_a_while(plan_of(receipt)):
-        remade = used.generate(request.prompt, **(settings | {name: getattr(request, name) for name in PICTURES})).images[0]
+    asked = settings | {name: getattr(request, name) for name in PICTURES}
+
+    def make(plan: Plan) -> "Image":
+        with used.plan_for_a_while(plan):
+            return used.generate(request.prompt, **asked).images[0]
+
+    plan = plan_of(receipt)
+    remade = make(plan)
     reasons = _differences(receipt, used, describe_request(request, False), stored)
     if remade.size != stored.size:
         return Verdict(False, 0.0, 255, [*reasons, f"the picture is {stored.size}, the receipt makes {remade.size}"], remade)
     psnr_db, largest = fidelity.psnr_db(stored, remade), fidelity.max_difference(stored, remade)
     if largest > FLOOR_MAX_DIFFERENCE or psnr_db < FLOOR_PSNR_DB:
         reasons.append(f"the pixels differ by up to {largest}/255 ({psnr_db:.1f} dB), more than the noise floor allows")
-        reasons += _changed_versions(receipt)
+        reasons += _changes(receipt, used)
+        if plan.levers:
+            without = fidelity.psnr_db(stored, make(EXACT))
+            verdict = "they explain it" if without > psnr_db + LESS_DB else "they are not what explains it"
+            reasons.append(
+                f"without its levers ({', '.join(plan.levers)}) the picture is {without:.1f} dB from the file: {verdict}"
+            )
     return Verdict(not reasons, psnr_db, largest, reasons, remade)
 
 
@@ -142,9 +155,9 @@ def _by_content(loras: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     return sorted((str(lora.get("sha256")), float(lora.get("weight", 1.0))) for lora in loras)
 
 
-def _changed_versions(receipt: Receipt) -> list[str]:
-    """Return the versions that changed since the receipt was written: they may explain a difference."""
-    now = versions()
+def _changes(receipt: Receipt, model: Model) -> list[str]:
+    """Return what changed since the receipt was written, versions, device and dtype: it may explain a difference."""
+    now = environment(model.device, model.dtype)
     return [
         f"made with {name} {receipt.environment[name]}, now {now[name]}"
         for name in now

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
+from needs import need
 from PIL import Image
 
 import imagegen
-from imagegen.receipt import parse_receipt
+from imagegen.receipt import parse_receipt, read_receipt
 from imagegen.reference import plan_of, stock_request
 from imagegen.result import Picture
 
@@ -118,3 +121,63 @@ def test_stock_reference_is_refused_where_there_is_none(model):
             stock_request(model, wrong)
     with pytest.raises(imagegen.RequestError, match="num_steps"):
         stock_request(model, replace(receipt, request=receipt.request | {"num_steps": 10**6}))
+
+
+def test_a_mismatch_names_what_changed_since(model, made):
+    def change(data):
+        data["request"]["seed"] += 1
+        data["environment"] |= {"torch": "2.9.0", "device": "cuda (NVIDIA L4)", "dtype": "float16"}
+
+    reasons = imagegen.replay(tampered(made, change), model=model).reasons
+    assert any(reason.startswith("the pixels differ by up to") for reason in reasons)
+    now = read_receipt(made).environment
+    for name, then in (("torch", "2.9.0"), ("device", "cuda (NVIDIA L4)"), ("dtype", "float16")):
+        assert f"made with {name} {then}, now {now[name]}" in reasons
+    assert len(reasons) == 4, "what did not change explains nothing"
+
+
+@pytest.mark.parametrize("by_lever", [True, False])
+def test_a_mismatch_says_whether_the_levers_explain_it(model, tmp_path, by_lever):
+    """A picture of the exact plan whose receipt names a lever that changes much; and one of another seed."""
+    (path,) = model("a red apple", seed=7, num_steps=8).save(tmp_path)
+
+    def change(data):
+        data["plan"] = {"name": "fast", "levers": [{"lever": "guidance-interval(stop=0.3)", "engaged": True}]}
+        data["request"]["seed"] += not by_lever
+
+    verdict = imagegen.replay(tampered(path, change), model=model)
+    assert not verdict.same
+    said = next(reason for reason in verdict.reasons if reason.startswith("without its levers"))
+    assert said.endswith("they explain it" if by_lever else "they are not what explains it")
+
+
+def test_another_program_reads_what_made_the_picture(made):
+    """sd-parsers is written by others, for the text that AUTOMATIC1111 writes."""
+    need("sd_parsers")
+    from sd_parsers import ParserManager
+
+    found = ParserManager().parse(made)
+    request = read_receipt(made).request
+    assert found.generator.name == "AUTOMATIC1111"
+    (sampler,) = found.samplers
+    assert [prompt.value for prompt in sampler.prompts] == [request["prompt"]]
+    assert {name: float(value) for name, value in sampler.parameters.items()} == {
+        "seed": request["seed"],
+        "steps": request["num_steps"],
+        "cfg_scale": request["guidance"],
+    }
+    denoiser = read_receipt(made).model["sha256"]["unet/diffusion_pytorch_model.safetensors"]
+    assert (sampler.model.name, sampler.model.hash) == ("emoji", denoiser[:10])
+
+
+def test_the_first_receipt_of_all_is_read_and_replayed(model):
+    """Written on the package's first day, by the first weights: it lacks what was added to the format since."""
+    first = Path(__file__).parent / "fixtures" / "receipts" / "first-version-1.png"
+    receipt = read_receipt(first)
+    schema = json.loads((Path(imagegen.__file__).parent / "receipt.schema.json").read_text())
+    jsonschema.validate(json.loads(receipt.to_json()), schema)
+    assert "temperature" not in receipt.request
+    assert (receipt.request["prompt"], receipt.request["seed"], receipt.plan) == ("a frog", 7, {"levers": [], "name": "exact"})
+    verdict = imagegen.replay(first, model=model)
+    assert verdict.reasons[0].startswith("other weights than recorded: text_encoder/")
+    assert verdict.image.size == (128, 128)
