@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 
-from imagegen.startup import stopped_at_once
+from imagegen.startup import stop_as_by_control_c, stopped_at_once
 
 
 def main() -> None:
@@ -13,6 +13,7 @@ def main() -> None:
     # Libraries' own notices would break "one line on stderr"; a user's setting wins.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    stop_as_by_control_c()
     with stopped_at_once():
         from imagegen import cli
 

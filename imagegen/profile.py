@@ -77,9 +77,10 @@ def write_json(path: Path, data: Any) -> Path:
         part.write_text(json.dumps(finite(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what is wrong
-            part.unlink()
         raise PlanError(f"cannot write {str(path)!r}: {error.strerror}; choose another path") from None
+    finally:
+        with contextlib.suppress(OSError):  # it has moved, or the folder itself is what is wrong
+            part.unlink()
     return path
 
 

@@ -8,7 +8,7 @@ counts, nothing else.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from imagegen import fidelity
+from imagegen.lock import only_writer
 from imagegen.measure import environment
 from imagegen.model import Model
 from imagegen.profile import write_json
 from imagegen.prompts import confirm_prompts, read_prompts
-from imagegen.receipt import CHUNK, parse_receipt, pixels_sha256, slug, write_new
-from imagegen.request import DataError, ReceiptError, build_request
+from imagegen.receipt import CHUNK, describe_request, open_picture, parse_receipt, pixels_sha256, slug, write_new
+from imagegen.request import DataError, ReceiptError, Request, build_request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,7 +93,7 @@ def record_reference(
     Args:
         model: whatever its plan, it runs `exact` here and gets its plan back.
         prompts: what to draw; the path of a text file, one prompt a line; None takes thirty of ours.
-        folder: a new or empty folder.
+        folder: a new or empty folder, or one where this very recording was stopped: it goes on.
         seed: of the first picture; the next has the next seed.
         num_steps: denoising steps; the family's by default.
         guidance: the family's by default.
@@ -102,7 +103,6 @@ def record_reference(
         DataError: the folder holds something, there are no prompts, or the model has another dtype.
     """
     folder = Path(folder)
-    _refuse_to_overwrite(folder)
     dtype = str(model.dtype).removeprefix("torch.")
     if dtype != model.family.reference_dtype:
         wanted = model.family.reference_dtype
@@ -117,15 +117,22 @@ def record_reference(
     tell = progress or (lambda *_: None)
     given = {"num_steps": num_steps, "guidance": guidance}
     requests = [build_request(prompt, model.family, given | {"seed": seed + index}) for index, prompt in enumerate(chosen)]
-    with model.plan_for_a_while("exact"):
+    names = [f"{request.seed}-{slug(request.prompt)}" for request in requests]
+    _refuse_to_overwrite(folder, {f"{name}.png" for name in names})
+    with only_writer(folder), model.plan_for_a_while("exact"):
         entries: list[dict[str, Any]] = []
         images: list[Image] = []
-        for index, request in enumerate(requests):
+        for index, (name, request) in enumerate(zip(names, requests, strict=True)):
             settings = {name: value for name, value in request.settings().items() if name in SETTINGS}
-            picture = model.generate(**settings).pictures[0]
-            file = write_new(folder, f"{request.seed}-{slug(request.prompt)}", picture.png())
-            entries.append({"file": file.name, "request": settings, "pixels_sha256": pixels_sha256(picture.image)})
-            images.append(picture.image)
+            file = folder / f"{name}.png"
+            if file.exists():
+                image = _made_before(file, model, request)
+            else:
+                picture = model.generate(**settings).pictures[0]
+                image = picture.image
+                write_new(folder, name, picture.png())
+            entries.append({"file": file.name, "request": settings, "pixels_sha256": pixels_sha256(image)})
+            images.append(image)
             tell("recorded", index + 1, len(requests))
         floor = measure_floor(model, [entry["request"] for entry in entries[:FLOOR_PICTURES]], images[:FLOOR_PICTURES])
     about = {"source": model.source, "family": model.family.name, "sha256": model.hashes}
@@ -134,9 +141,37 @@ def record_reference(
     return made
 
 
-def _refuse_to_overwrite(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _refuse_to_overwrite(folder: Path, ours: Collection[str] = ()) -> None:
+    """Refuse a folder that holds anything but what a stopped recording left: files of these names, and torn ones."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or any(file.name not in ours and not file.name.endswith(".part") for file in folder.iterdir()):
         raise DataError(f"{str(folder)!r} is not an empty folder: choose a new one, so that no reference is lost")
+    for file in folder.glob(".*.part"):
+        file.unlink()
+
+
+def _made_before(file: Path, model: Model, request: Request) -> "Image":
+    """Return the picture that a stopped recording left.
+
+    Raises:
+        DataError: it was made otherwise than now.
+    """
+    try:
+        picture, receipt = open_picture(file)
+    except ReceiptError as error:
+        raise DataError(f"{error}: choose a new folder") from None
+    now = environment(model.device, model.dtype)
+    same = (
+        receipt.request == describe_request(request, False)
+        and receipt.model["sha256"] == model.hashes
+        and not receipt.plan["levers"]
+        and all(receipt.environment.get(name) == value for name, value in now.items())
+        and receipt.pixels_sha256 == pixels_sha256(picture)
+    )
+    if not same:
+        raise DataError(f"{str(file)!r} is there and was made otherwise than it would be now: choose a new folder")
+    return picture
 
 
 def measure_floor(model: Model, requests: list[dict[str, Any]], images: Sequence["Image"]) -> dict[str, Any]:

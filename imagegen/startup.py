@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-STOPPED = 130  # the exit code of a process that Ctrl-C ended
+STOPPED = 130  # the exit code of a process that Ctrl-C or SIGTERM ended
 COMPILER = "torch._dynamo"
 NOT_FOR_ONE_PICTURE = ("torchao", "peft")
 MARKERS = ("allow_in_graph", "assume_constant_result", "disable", "disallow_in_graph", "forbid_in_graph")
@@ -73,12 +73,11 @@ def imports_for_one_picture() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process there and then: libraries catch it in their imports, and go on half imported.
+    """Let Ctrl-C and SIGTERM end the process there and then: libraries catch the first in their imports, and go on half imported.
 
     For the command line's own process, while nothing is being written.
     """
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a shell's background job
-    if ignored or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -88,8 +87,23 @@ def stopped_at_once() -> Iterator[None]:
         os.write(2, b"imagegen: stopped\n")
         os._exit(STOPPED)
 
-    before = signal.signal(signal.SIGINT, stop)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: handler for number, handler in before.items() if handler is not signal.SIG_IGN
+    }  # as in a shell's background job
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_as_by_control_c() -> None:
+    """Let SIGTERM stop a command as Ctrl-C does: it leaves nothing half done behind."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

@@ -245,7 +245,7 @@ def read_remembered(name: str) -> dict[str, str]:
     """Return what `NAME.json` in the cache folder holds; a damaged file holds nothing."""
     try:
         read = json.loads((cache_folder() / f"{name}.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return {key: value for key, value in read.items() if isinstance(value, str)} if isinstance(read, dict) else {}
 

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "imagegen"
 ORDER = [
     "canvas",
     "request",
+    "lock",
     "licences",
     "cards",
     "catalog",

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from imagegen.batch.lines import BadLine, Line
+from imagegen.lock import only_writer
 from imagegen.receipt import ReceiptError, read_receipt
 from imagegen.request import RequestError
 
 MANIFEST = "manifest.jsonl"
 SETTINGS = "batch.json"
-LOCK = ".batch.lock"
 
 
 class Output:
@@ -44,13 +44,13 @@ class Output:
         from fsspec.implementations.local import LocalFileSystem
 
         self.folder = str(folder)
-        self._lock: int | None = None
+        self._held = contextlib.ExitStack()
         try:
             self._files, self._path = fsspec.core.url_to_fs(self.folder)
             self._local = isinstance(self._files, LocalFileSystem)
-            self._files.makedirs(self._path, exist_ok=True)
             if self._local:
-                self._lock = self._take_lock()
+                self._held.enter_context(only_writer(self._path))
+            self._files.makedirs(self._path, exist_ok=True)
             self._check_settings(settings)
             self._present = {name for place in self._files.ls(self._path, detail=False) if (name := _stem(place)) is not None}
             self.finished: dict[str, str] = {}
@@ -59,7 +59,7 @@ class Output:
             self._outdated = False  # some rows are to be left out in the end
             self._read_manifest()
         except (OSError, ValueError, ImportError, RecursionError) as error:
-            self._let_go()
+            self._held.close()
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"cannot write into {self.folder!r}: {_why(error)}; choose another --out") from None
@@ -73,12 +73,7 @@ class Output:
             if kind is None and (self._outdated or self._faults.keys() != self._still_failing):
                 self._tidy(self._still_failing)
         finally:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._held.close()
 
     def state_of(self, line: Line) -> str:
         """Return `made`, `adopted` or `missing`; what was found without its row gets one.
@@ -140,19 +135,6 @@ class Output:
 
     def _at(self, name: str) -> str:
         return f"{self._path.rstrip('/')}/{name}"
-
-    def _take_lock(self) -> int:
-        """Keep other runs out for as long as this process lives."""
-        lock = os.open(self._at(LOCK), os.O_RDWR | os.O_CREAT, 0o644)
-        with contextlib.suppress(ImportError):  # not on Windows
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(lock)
-                raise RequestError(f"another run writes into {self.folder!r}: wait for it, or choose another --out") from None
-        return lock
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         place = self._at(SETTINGS)

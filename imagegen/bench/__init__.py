@@ -18,6 +18,7 @@ from typing import Any
 
 from imagegen.bench.table import LOG, label_of, read_log, write
 from imagegen.families.denoisers import ARCHITECTURES
+from imagegen.lock import only_writer
 from imagegen.profile import finite
 from imagegen.request import PlanError
 from imagegen.speed import find_plan
@@ -67,22 +68,23 @@ def run(
     Raises:
         PlanError: a plan is unknown.
         ModelError: there is no such device.
+        RequestError: another run writes there.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for plan in plans:
         if not plan.endswith(".json"):
             find_plan(plan, "emoji" if source == "emoji" else "stable-diffusion")
     wanted = stages(plans, tiny=tiny, device=_find_device(device), with_denoiser=with_denoiser)
     started = time.monotonic()
-    for number, stage in enumerate(wanted, 1):
-        tell(label_of(stage), number, len(wanted))
-        if any(row["key"] == _key(stage, source) for row in read_log(folder)):
-            continue
-        if budget_min is not None and (time.monotonic() - started) / 60 > budget_min:
-            continue  # its row says so in the report, and a later call measures it
-        append(folder, finite({"key": _key(stage, source), "stage": stage} | _in_a_process(stage, source)))
-    return write(folder, wanted, budget_min)
+    with only_writer(folder):
+        for number, stage in enumerate(wanted, 1):
+            tell(label_of(stage), number, len(wanted))
+            if any(row["key"] == _key(stage, source) for row in read_log(folder)):
+                continue
+            if budget_min is not None and (time.monotonic() - started) / 60 > budget_min:
+                continue  # its row says so in the report, and a later call measures it
+            append(folder, finite({"key": _key(stage, source), "stage": stage} | _in_a_process(stage, source)))
+        return write(folder, wanted, budget_min)
 
 
 def _find_device(device: str | None) -> str:

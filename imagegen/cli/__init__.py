@@ -1,6 +1,6 @@
 """The shell's edge: `imagegen COMMAND`. Knows nothing of torch until a command needs a model.
 
-Exit codes: 0 done, 1 a check said no, 2 bad use (one line on stderr), 130 stopped.
+Exit codes: 0 done, 1 a check said no, 2 bad use (one line on stderr), 130 stopped by Ctrl-C or SIGTERM.
 """
 
 import difflib

@@ -5,6 +5,7 @@
 gives the model back as it was; `distillation` makes a student of few steps.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from imagegen.finetune.distillation import distill
 from imagegen.finetune.loop import Learner, Training
 from imagegen.finetune.objective import objective_of
 from imagegen.finetune.recipe import Recipe, make_recipe
-from imagegen.finetune.trained import Tell, Trained, check_folder, silence
+from imagegen.finetune.trained import Tell, Trained, check_folder, one_training, silence
 from imagegen.finetune.workplace import FULL, Workplace, follow, start_accelerator
 from imagegen.licences import check_right, describe_right, licence_named, record
 from imagegen.request import DataError
@@ -56,6 +57,7 @@ def finetune(
 
     Raises:
         DataError: the data or a setting is wrong, a licence forbids it, or a resume is of another training.
+        RequestError: another training writes into `out`.
     """
     recipe, out = make_recipe(settings), Path(out)
     missing = adapters.peft_is_missing() if recipe.method == "lora" else None
@@ -71,9 +73,10 @@ def finetune(
     place = Workplace(model, recipe)
     accelerator = start_accelerator(model, recipe, out)
     tell = progress if progress and accelerator.is_main_process else silence
-    with accelerator.main_process_first():  # the others then find the cache filled
-        examples = _encode(model, dataset, out, recipe, tell)
-    with place:
+    with one_training(out, accelerator), contextlib.ExitStack() as work:
+        with accelerator.main_process_first():  # the others then find the cache filled
+            examples = _encode(model, dataset, out, recipe, tell)
+        work.enter_context(place)
         before = Prior(place.old_prediction(), silence_of(model.pipeline)) if recipe.prior_prompts else None
         loss_of = denoising_loss(model.pipeline, place.denoiser, objective, examples, recipe.seed, before, recipe.text_encoder)
         learner = Learner(recipe.method, place.weights, loss_of)

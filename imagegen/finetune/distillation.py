@@ -4,6 +4,7 @@ The student is a LoRA for its teacher, or full weights; its file says which teac
 levels it steps over, and the teacher's licence. `trajectory` keeps the teacher's runs, `lessons` holds the losses.
 """
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from imagegen.finetune.cache import Cache
 from imagegen.finetune.lessons import LESSONS, Course, consistency_loss, distribution_losses, trajectory_loss
 from imagegen.finetune.loop import Learner, Training
 from imagegen.finetune.recipe import make_recipe
-from imagegen.finetune.trained import Tell, Trained, check_folder, silence
+from imagegen.finetune.trained import Tell, Trained, check_folder, one_training, silence
 from imagegen.finetune.trajectory import Teacher, Trajectories
 from imagegen.finetune.workplace import FULL, Workplace, follow, start_accelerator
 from imagegen.licences import check_right, describe_right, licence_named
@@ -97,10 +98,11 @@ def distill(
     cache = Cache(out, pipeline, model.hashes, [])
     teacher = Teacher(pipeline, partial(predict, pipeline, place.denoiser), guidance, silence_of(pipeline))
     trajectories = Trajectories(out, teacher, {"model_sha256": model.hashes}, prompts, teacher_steps, recipe.seed)
-    with accelerator.main_process_first(), model.plan_for_a_while("exact"):
-        trajectories.fill(num_trajectories, latents_shape(model), cache.text, tell)
-        told = [cache.text(trajectories.prompt(number)) for number in range(num_trajectories)]
-    with place:
+    with one_training(out, accelerator), contextlib.ExitStack() as work:
+        with accelerator.main_process_first(), model.plan_for_a_while("exact"):
+            trajectories.fill(num_trajectories, latents_shape(model), cache.text, tell)
+            told = [cache.text(trajectories.prompt(number)) for number in range(num_trajectories)]
+        work.enter_context(place)
         every = teacher_steps // student_steps
         course = Course(pipeline, place.denoiser, levels_of(trajectories.scheduler), every, trajectories, told, recipe.seed)
         learners = _learners(lesson, course, teacher, place, anchor)

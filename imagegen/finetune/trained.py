@@ -1,11 +1,13 @@
 """What a training makes, and what every training checks first. Knows nothing of torch."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imagegen.finetune.checkpoint import list_checkpoints
+from imagegen.lock import only_writer
 from imagegen.request import DataError
 
 Tell = Callable[[str, int, int], Any]
@@ -28,6 +30,11 @@ class Trained:
     loss: float
     num_steps: int
     notes: tuple[str, ...]
+
+
+def one_training(out: Path, accelerator: Any) -> contextlib.AbstractContextManager[None]:
+    """Keep other trainings out of a folder: all processes of one write there, the first holds it for them."""
+    return only_writer(out) if accelerator.is_main_process else contextlib.nullcontext()
 
 
 def silence(*_: Any) -> None:
