@@ -1,16 +1,22 @@
-"""On a cluster of Ray's on this machine: whatever is killed, every picture is made once."""
+"""On a cluster of Ray's on this machine: whatever is killed, every picture is made once, and others go on being served."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
 from needs import need
 
+import imagegen
 from imagegen import fidelity
 from imagegen.receipt import open_picture
 
@@ -18,6 +24,7 @@ need("ray")
 pytestmark = pytest.mark.slow
 WORDS = ("a red apple", "a blue heart", "a cat face", "a rocket", "a pizza on a pink background")
 NUM = 500
+NUM_PEOPLE = 8
 PATIENCE_S = 300  # until something must have happened; nothing is measured by it
 
 
@@ -94,3 +101,70 @@ def test_a_hundred_thousand_requests_wait_outside_of_the_memory(tmp_path):
         run.communicate()
         peaks.append(peak)
     assert peaks[1] - peaks[0] < 500 * 2**20, [f"{peak / 2**20:.0f} MiB" for peak in peaks]
+
+
+def test_a_killed_replica_costs_no_request_but_those_it_had(tmp_path):
+    """Two replicas, eight people asking at once, one replica killed twice; asked with OpenAI's own client."""
+    need("openai", "gradio")
+    import openai
+
+    port = free_port()
+    config = (Path(imagegen.__file__).parent / "server" / "ray-serve.yaml").read_text()
+    for old, new in (
+        ("8000", str(port)),
+        ("num_gpus: 1", "num_gpus: 0"),
+        ("out: imagegen-pictures", f"out: {tmp_path}/pictures"),
+    ):
+        assert old in config
+        config = config.replace(old, new)
+    (tmp_path / "serve.yaml").write_text(config)
+    program = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run", "--blocking", "serve.yaml"]
+    address = {"RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0"}
+    server = subprocess.Popen(
+        program, cwd=tmp_path, env=os.environ | address, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
+
+        def ask(number):
+            try:
+                client.images.generate(prompt=WORDS[number % 5], extra_body={"seed": number, "num_steps": 4})
+            except openai.OpenAIError as error:
+                return error
+            return None
+
+        wait_for(lambda: len(replicas_of(server)) == 2 and ask(0) is None, server)
+        failed, asked, killed = [], itertools.count(), 0
+        with ThreadPoolExecutor(NUM_PEOPLE) as people:
+            for _ in range(2):
+                answers = [people.submit(ask, next(asked)) for _ in range(40)]
+                wait_for(lambda answers=answers: sum(answer.done() for answer in answers) >= 10, server)
+                before = {replica.pid for replica in replicas_of(server)}
+                os.kill(min(before), signal.SIGKILL)
+                killed += 1
+                failed += [error for answer in answers if (error := answer.result()) is not None]
+                wait_for(lambda before=before: len({one.pid for one in replicas_of(server)} - before) == 1, server)
+                wait_for(lambda: all(ask(number) is None for number in range(4)), server)
+        assert len(failed) <= NUM_PEOPLE * killed, failed
+        print(f"{killed} replicas killed, {len(failed)} of {next(asked)} requests failed")
+    finally:
+        family = [server, *psutil.Process(server.pid).children(recursive=True)]
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def replicas_of(server):
+    """Return the processes of the deployment: Ray names them by it."""
+    found = psutil.Process(server.pid).children(recursive=True)
+    return [child for child in found if "ServeReplica:imagegen:pictures" in " ".join(child.cmdline())]
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]

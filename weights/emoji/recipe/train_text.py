@@ -2,9 +2,9 @@
 
 all-MiniLM-L6-v2 knows what words mean, but not what the denoiser has to know at each token: which of the things, in
 which colour, how often and where. Linear heads read that off the output while its upper half learns, and are thrown away.
-A second loss keeps the output near what it was. Half of the texts are captions of scenes; the others are descriptions, and
+A second loss keeps their output near what it was. A third of the texts are captions of scenes; the others are descriptions, and
 WordNet's glosses of other things with the concept that is nearest (`glosses.txt`): so words that no caption holds lead to a
-concept, too.
+concept, too. Every token of a description learns to be nearest to what the concept's name is (`names`).
 
 Reads captions of scenes (`scenes.py`), no pictures are drawn; writes `text_encoder/` into the work folder.
 """
@@ -18,21 +18,23 @@ from pathlib import Path
 
 import torch
 from build_data import WORDNET, default_work, npm_package
-from captions import descriptions_for_denoiser, descriptions_for_text, dress, telling_tags
+from captions import descriptions_for_denoiser, descriptions_for_text, dress, telling_tags, with_article
 from pictures import BACKGROUNDS, Pictures
 from precision import fast_autocast
 from rich.progress import track
 from scenes import COLOURS, DEFAULT_STYLE, STYLES, Colours, Scene, Scenes
-from text import MAX_TOKENS, load_text_encoder
+from text import MAX_TOKENS, embed, load_text_encoder
 from torch import nn
 from torch.nn import functional as F
 
-RECIPE = Path(__file__).parent
-BATCH = 128
+RECIPE = Path(__file__).resolve().parent
+SHIPPED = RECIPE.parent  # its `text_encoder/` is what the shipped denoiser learned to read
+BATCH = 96
 LEARNING_RATE = 2e-4
-NEARNESS = 0.2  # weight of staying near the original output, in units of its variance
+NEARNESS = 1.0  # weight of captions that stay near what they were, in units of their variance
 NUM_FROZEN = 3  # layers, the lower half
-OTHER_SHARE = 2  # one text in so many is a description or a gloss
+CAPTION_SHARE = 3  # one text in so many is a caption, the others are descriptions and glosses
+SHARPNESS = 16.0  # of the cosines to names, as logits
 NOTHING = -100  # no answer is asked of this token
 COLOUR_NAMES, BACKGROUND_NAMES, STYLE_NAMES = [None, *COLOURS], list(BACKGROUNDS), list(STYLES)
 PLACES = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)]
@@ -58,7 +60,7 @@ class Captions:
 
     def draw(self, tokenizer, num: int, others: list[tuple[str, int]], chance: random.Random) -> tuple[dict, dict]:
         """Return `num` texts as tokens and, for each head, the answers (num, T); `others` come with their concepts."""
-        scenes = [self.scenes.draw(chance) for _ in range(num - num // OTHER_SHARE)]
+        scenes = [self.scenes.draw(chance) for _ in range(num // CAPTION_SHARE)]
         told = [self.scenes.describe_parts(scene, chance) for scene in scenes]
         texts = [text for text, _ in told]
         more = chance.choices(others, k=num - len(texts))
@@ -96,16 +98,19 @@ class Captions:
         return (first >= span[0]) & (last <= span[1]) & (last > first)
 
 
-def read_glosses(work: Path, names: list[str]) -> list[tuple[str, int]]:
-    """Return WordNet's glosses of other things with the concept that each is nearest to, as `glosses.txt` says."""
+def read_glosses(work: Path, names: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
+    """Return WordNet's glosses: those with the concept that each is nearest to, as `glosses.txt` says, and all others."""
     nearest = dict(line.split("\t") for line in (RECIPE / "glosses.txt").read_text().splitlines() if not line.startswith("#"))
-    found = []
+    found, others = [], []
     for line in (npm_package(*WORDNET, work) / "dict" / "data.noun").read_text(encoding="utf-8").splitlines():
-        concept = nearest.get(line[:8])
-        if concept is not None:
-            said = re.sub(r"\(.*?\)", "", line.split(" | ", 1)[1]).split(";")[0]
-            found.append((" ".join(said.lower().split()), names.index(concept)))
-    return found
+        if not line[:8].isdigit():
+            continue  # the licence
+        text = " ".join(re.sub(r"\(.*?\)", "", line.split(" | ", 1)[1]).split(";")[0].lower().split())
+        if line[:8] in nearest:
+            found.append((text, names.index(nearest[line[:8]])))
+        elif text:
+            others.append(text)
+    return found, others
 
 
 def start_learning(model: nn.Module) -> None:
@@ -115,22 +120,30 @@ def start_learning(model: nn.Module) -> None:
         part.eval().requires_grad_(False)
 
 
-def measure(tokenizer, model: nn.Module, head: nn.Module, names: list[str], pairs: list[tuple[str, str]]) -> str:
-    """Say how often the head finds the concept that a text describes, by the mean over its tokens."""
-    right = {1: 0, 5: 0}
-    model.eval()
-    with torch.no_grad():
-        for start in range(0, len(pairs), 64):
-            part = pairs[start : start + 64]
-            tokens = tokenizer([text for _, text in part], padding=True, truncation=True, return_tensors="pt")
-            out = model(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-            scores = (head(out).softmax(-1) * tokens.attention_mask[..., None]).sum(1)
-            top = scores.topk(5).indices.tolist()
-            for (name, _), found in zip(part, top, strict=True):
-                right[1] += names[found[0]] == name
-                right[5] += name in [names[index] for index in found]
-    start_learning(model)
-    return f"{len(pairs)} unseen descriptions: top-1 {right[1] / len(pairs):.1%}, top-5 {right[5] / len(pairs):.1%}"
+def embed_names(encoder: tuple, names: list[str]) -> torch.Tensor:
+    """Return what each concept's name is to an encoder, the mean over the tokens: (K, 384)."""
+    return means(encoder, [with_article(name) for name in names])
+
+
+def means(encoder: tuple, texts: list[str]) -> torch.Tensor:
+    """Return the mean over the tokens of each text: (B, 384)."""
+    return torch.cat([embed(encoder, texts[start : start + 64]).mean(1) for start in range(0, len(texts), 64)])
+
+
+def cosines_to(names: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """Return the cosines, about the middle of the names (K, 384), of texts (…, 384): (…, K)."""
+    middle = names.mean(0)
+    return F.normalize(texts - middle, dim=-1) @ F.normalize(names - middle, dim=-1).T
+
+
+def measure(encoder: tuple, names: torch.Tensor, pairs: list[tuple[int, str]]) -> str:
+    """Say how often a description is nearest to the name of its concept, and how near it is to the nearest two names."""
+    encoder[1].eval()
+    cosines = cosines_to(names, means(encoder, [text for _, text in pairs]))
+    right = cosines.topk(5).indices == torch.tensor([concept for concept, _ in pairs])[:, None]
+    first, second = cosines.topk(2).values.median(0).values
+    shares = f"top-1 {right[:, 0].float().mean():.1%}, top-5 {right.any(1).float().mean():.1%}"
+    return f"{len(pairs)} descriptions: {shares}, cosine to the nearest name {first:.2f}, to the second {second:.2f}"
 
 
 def train(work: Path, num_steps: int, go_on: bool = False) -> None:
@@ -139,16 +152,18 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
     Args:
         work: the folder with the drawn pictures.
         num_steps: how many batches.
-        go_on: start from the work folder's encoder: a denoiser that learned from it has less to learn anew.
+        go_on: start from the work folder's encoder, and stay near the shipped one: its denoiser has less to learn anew.
     """
     torch.manual_seed(0)
     tokenizer, model = load_text_encoder(work if go_on else None)
     captions = Captions(work)
-    unseen = [(name, text) for name, texts in descriptions_for_denoiser().items() for text in texts][::11]
-    original = load_text_encoder()[1]
-    others = read_glosses(work, captions.names)
+    untaught = descriptions_for_denoiser().items()
+    unseen = [(captions.names.index(name), text) for name, texts in untaught for text in texts][::11]
+    known = load_text_encoder(SHIPPED if go_on else None)
+    names = embed_names(known, captions.names)
+    others, _ = read_glosses(work, captions.names)
     others += [(text, captions.names.index(name)) for name, texts in descriptions_for_text().items() for text in texts]
-    spread = 0.0
+    spread, num_captions = 0.0, BATCH // CAPTION_SHARE
     start_learning(model)
     heads = nn.ModuleDict({name: nn.Linear(model.config.hidden_size, size) for name, size in captions.heads.items()})
     parts = [
@@ -162,21 +177,27 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
         with fast_autocast():
             out = model(**tokens)[0]
             with torch.no_grad():
-                before = original(**tokens)[0].float()
+                before = known[1](**{name: value[:num_captions] for name, value in tokens.items()})[0].float()
         out = out.float()
         spread = spread or before.var().item()
-        near = (out - before).square().mean() / spread
-        losses = {name: F.cross_entropy(head(out).flatten(0, 1), answers[name].flatten()) for name, head in heads.items()}
-        loss = NEARNESS * near + sum(losses.values()) / len(losses) + losses["thing"]
+        said, described = out[:num_captions], out[num_captions:]
+        near = (said - before).square().mean() / spread
+        losses = {
+            name: F.cross_entropy(head(said).flatten(0, 1), answers[name][:num_captions].flatten())
+            for name, head in heads.items()
+        }
+        named = F.cross_entropy(SHARPNESS * cosines_to(names, described).flatten(0, 1), answers["thing"][num_captions:].flatten())
+        loss = NEARNESS * near + sum(losses.values()) / len(losses) + 2 * named
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
         if step % 100 == 99 or step == num_steps - 1:
-            said = ", ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
-            print(f"step {step + 1}: near {near.item():.3f}, {said}", flush=True)
-            print("  " + measure(tokenizer, model, heads["thing"], captions.names, unseen), flush=True)
+            told = ", ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
+            print(f"step {step + 1}: near {near.item():.3f}, named {named.item():.3f}, {told}", flush=True)
+            print("  " + measure((tokenizer, model), names, unseen), flush=True)
+            start_learning(model)
     part = work / "text_encoder.part"
     model.eval().half().save_pretrained(part)
     shutil.rmtree(work / "text_encoder", ignore_errors=True)
