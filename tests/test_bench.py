@@ -52,6 +52,7 @@ def test_a_tiny_bench_completes_after_a_kill(tmp_path):
         "kernels",
         "janusflow",
         "crowd",
+        "workers",
         *denoisers,
     ]
     assert not any("failed" in row for row in json.loads(done.stdout)["stages"])

@@ -177,7 +177,7 @@ def test_every_token_is_told_what_it_speaks_of(work, scenes, monkeypatch):
     monkeypatch.setattr(
         captions.scenes, "describe_parts", lambda *_: ("two blue apples above an owl", ["two blue apples", "an owl"])
     )
-    tokens, answers = captions.draw(tokenizer, 2, [("a gloss", 2)], random.Random(0))
+    tokens, answers = captions.draw(tokenizer, 3, [("a gloss", 2)], random.Random(0))
     words = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
     told = {word: [answers[head][0, place].item() for head in answers] for place, word in enumerate(words)}
     none, style, background = train_text.NOTHING, 2, 3
@@ -186,6 +186,38 @@ def test_every_token_is_told_what_it_speaks_of(work, scenes, monkeypatch):
     assert told["above"] == told["[CLS]"] == [none] * 4 + [style, background]
     assert answers["thing"][1].unique().tolist() == [2]  # a gloss is its concept's at every token
     assert answers["colour"][1].unique().tolist() == [none]
+
+
+def test_added_layers_change_next_to_nothing_before_they_learn():
+    from settle_text import NUM_ADDED, Settling, with_more_layers
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    small = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    model = BertModel(small).eval()
+    for weight in model.encoder.layer[-1].output.LayerNorm.parameters():
+        torch.nn.init.normal_(weight, 1.0, 0.3)  # no plain norm: the added ones have to give it back
+    words = torch.randint(50, (64, 8))
+    with torch.no_grad():
+        before = model(words)[0]
+        taller = with_more_layers(model, before)
+        settling = Settling(taller)
+        after = taller(words)[0]
+        assert len(taller.encoder.layer) == 2 + NUM_ADDED
+        assert (after - before).square().mean() < 0.15 * before.var()
+        torch.testing.assert_close(settling(before.flatten(0, 1)).view_as(after), after)  # a token at a time
+
+
+def test_joined_texts_begin_with_the_one_and_end_with_the_other():
+    import random
+
+    from settle_text import join
+
+    for seed in range(50):
+        words = join("one two three", "four five six", random.Random(seed)).split()
+        split = next(place for place, word in enumerate(words) if word in ("four", "five", "six"))
+        assert words[:split] == ["one", "two", "three"][:split] and split >= 1
+        assert words[split:] == ["four", "five", "six"][-(len(words) - split) :]
 
 
 def test_what_is_meant_most_stays_so_where_the_words_are_unsure():

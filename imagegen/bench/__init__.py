@@ -2,8 +2,8 @@
 
 Each stage is a process of its own and appends a line to `bench.jsonl`; a second call skips what is there,
 whatever stopped the first. `pictures` measures whole ones, `training` steps of a LoRA, `denoiser` one step of models
-of known size with random weights, `janusflow` what its prompt cache is worth, `crowd` many people at once, `gpu` our
-kernels, and `table` turns the log into the report.
+of known size with random weights, `janusflow` what its prompt cache is worth, `crowd` many people at once, `workers`
+what a second process adds, `gpu` our kernels, and `table` turns the log into the report.
 """
 
 import json
@@ -32,11 +32,12 @@ def stages(plans: Sequence[str], *, tiny: bool = False, device: str = "cpu", wit
     found += [{"stage": "pictures", "plan": plan} for plan in plans if plan != "exact"]
     if find_spec("peft"):
         found += [{"stage": "training"}]
+    on_ray = [{"stage": "workers"}] if find_spec("ray") and device == "cpu" else []
     if tiny or device != "cpu":
-        found += [{"stage": "kernels"}, {"stage": "janusflow"}, {"stage": "crowd"}]
+        found += [{"stage": "kernels"}, {"stage": "janusflow"}, {"stage": "crowd"}, *on_ray]
         found += [{"stage": "denoiser", "architecture": name} for name in ARCHITECTURES]
     elif with_denoiser:
-        found += [{"stage": "janusflow"}, {"stage": "crowd"}]
+        found += [{"stage": "janusflow"}, {"stage": "crowd"}, *on_ray]
         shapes = [(side, threads) for side in (256, 512) for threads in (1, 2)]
         found += [{"stage": "denoiser", "architecture": "sd1.5", "size_px": side, "threads": count} for side, count in shapes]
     return [stage | {"device": device, "tiny": tiny} for stage in found]

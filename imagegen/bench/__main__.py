@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imagegen.bench import crowd, denoiser, gpu, janusflow, pictures, training
+from imagegen.bench import crowd, denoiser, gpu, janusflow, pictures, training, workers
 from imagegen.profile import finite
 from imagegen.request import Error
 
@@ -18,6 +18,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "denoiser": denoiser.measure_denoiser,
     "janusflow": janusflow.measure_janusflow,
     "crowd": crowd.measure_crowd,
+    "workers": workers.measure_workers,
 }
 
 

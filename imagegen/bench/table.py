@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,14 @@ def _of_crowd(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield _figure(name, f"peak memory, {half} half", gib, "GiB")
 
 
+def _of_workers(name: str, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for way, note in (("one", "one worker on one core"), ("two", "two workers of Ray's, a core each")):
+        low, high = min(row[way]), max(row[way])
+        more = f"; {row['ratio']:.2f} x one" if way == "two" else ""
+        said = f"{note}, {len(row[way])} runs of {row['pictures']} pictures, {low:.1f} to {high:.1f}{more}"
+        yield _figure(name, f"pictures a minute, {way}", statistics.median(row[way]), "1/min", note=said)
+
+
 FIGURES = {
     "machine": _of_machine,
     "parts": _of_parts,
@@ -133,6 +142,7 @@ FIGURES = {
     "denoiser": _of_denoiser,
     "janusflow": _of_janusflow,
     "crowd": _of_crowd,
+    "workers": _of_workers,
 }
 
 

@@ -29,6 +29,7 @@ from readme_speed import (
     measure_tiers,
     measure_training,
     measure_tuning,
+    measure_workers,
     table,
 )
 from rich.progress import track
@@ -244,6 +245,7 @@ PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {
     "training": lambda model, readme, card: fill(readme, "training", measure_training()),
     "janusflow": lambda model, readme, card: fill(readme, "janusflow", measure_janusflow()),
     "crowd": lambda model, readme, card: fill(readme, "crowd", measure_crowd()),
+    "workers": lambda model, readme, card: fill(readme, "workers", measure_workers()),
     "model": write_model,
 }
 

@@ -5,6 +5,7 @@ Each function measures and returns Markdown; `readme.py` puts it in its place. L
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,17 @@ def describe_crowd(found: dict) -> str:
     )
     head = (f"{found['clients']} clients", "pictures a minute", "finished", "left", "told busy", "errors")
     return f"{said}\n\n{table(head, rows)}"
+
+
+def measure_workers() -> str:
+    """Return the table of a batch on one worker and on two, measured now."""
+    found = measure_stage("workers")
+    rows = [
+        (said, f"{statistics.median(found[way]):.1f} ({min(found[way]):.1f}–{max(found[way]):.1f})")
+        for way, said in (("one", "one worker, one core"), ("two", "two workers on Ray, a core each"))
+    ]
+    head = (f"{found['pictures']} pictures, {len(found['one'])} runs in turn", "pictures a minute, median (range)")
+    return f"**{found['ratio']:.2f} ×**\n\n{table(head, rows)}"
 
 
 def describe_profile(profile: Profile) -> str:
