@@ -97,10 +97,13 @@ def test_a_hundred_thousand_requests_wait_outside_of_the_memory(tmp_path):
         while run.poll() is None and len(rows_of(folder)) < 200 and time.monotonic() < until:
             peak = max(peak, driver.memory_info().rss)
             time.sleep(0.2)
-        os.killpg(run.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have come to its end
+            os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
         peaks.append(peak)
-    assert peaks[1] - peaks[0] < 500 * 2**20, [f"{peak / 2**20:.0f} MiB" for peak in peaks]
+    print(", ".join(f"{peak / 2**20:.0f} MiB" for peak in peaks))
+    assert len(rows_of(out / "prompts")) >= 200
+    assert peaks[1] - peaks[0] < 500 * 2**20, peaks
 
 
 def test_a_killed_replica_costs_no_request_but_those_it_had(tmp_path):
