@@ -13,16 +13,18 @@ def only_writer(folder: str | Path) -> Iterator[None]:
     """Keep others that ask out of a folder, which is made where it is missing. Where locks are not known it is held by nobody.
 
     Raises:
-        RequestError: another process, or another part of this one, writes there.
-        OSError: the folder cannot be made or opened.
+        RequestError: another process, or another part of this one, writes there, or the folder cannot be made or opened.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
     try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         import fcntl
+
+        opened = os.open(folder, os.O_RDONLY)
     except ImportError:  # on Windows
         yield
         return
-    opened = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise RequestError(f"cannot write into {str(folder)!r}: {error.strerror or error}; choose another folder") from None
     try:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

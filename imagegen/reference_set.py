@@ -120,6 +120,8 @@ def record_reference(
     names = [f"{request.seed}-{slug(request.prompt)}" for request in requests]
     _refuse_to_overwrite(folder, {f"{name}.png" for name in names})
     with only_writer(folder), model.plan_for_a_while("exact"):
+        for file in filter(is_torn, folder.iterdir()):
+            file.unlink()
         entries: list[dict[str, Any]] = []
         images: list[Image] = []
         for index, (name, request) in enumerate(zip(names, requests, strict=True)):
@@ -141,14 +143,17 @@ def record_reference(
     return made
 
 
+def is_torn(file: Path) -> bool:
+    """Say whether a file is what `write_new` leaves where its process is killed."""
+    return file.name.startswith(".") and file.suffix == ".part"
+
+
 def _refuse_to_overwrite(folder: Path, ours: Collection[str] = ()) -> None:
     """Refuse a folder that holds anything but what a stopped recording left: files of these names, and torn ones."""
     if not folder.exists():
         return
-    if not folder.is_dir() or any(file.name not in ours and not file.name.endswith(".part") for file in folder.iterdir()):
+    if not folder.is_dir() or any(file.name not in ours and not is_torn(file) for file in folder.iterdir()):
         raise DataError(f"{str(folder)!r} is not an empty folder: choose a new one, so that no reference is lost")
-    for file in folder.glob(".*.part"):
-        file.unlink()
 
 
 def _made_before(file: Path, model: Model, request: Request) -> "Image":

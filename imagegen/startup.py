@@ -88,9 +88,8 @@ def stopped_at_once() -> Iterator[None]:
         os._exit(STOPPED)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {
-        number: handler for number, handler in before.items() if handler is not signal.SIG_IGN
-    }  # as in a shell's background job
+    # What is ignored stays so, as Ctrl-C in a shell's background job.
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, stop)
     try:

@@ -161,6 +161,15 @@ def test_a_folder_that_another_run_writes_is_refused_in_words(workplace, name):
     )
 
 
+def test_a_folder_that_cannot_be_made_is_told_in_words(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with (
+        pytest.raises(imagegen.RequestError, match=r"cannot write into .*: Not a directory; choose"),
+        only_writer(tmp_path / "file/x"),
+    ):
+        pass
+
+
 def test_a_recording_that_was_stopped_goes_on(model, tmp_path):
     def stop(what, done, _total):
         if (what, done) == ("recorded", 2):
@@ -171,10 +180,16 @@ def test_a_recording_that_was_stopped_goes_on(model, tmp_path):
         record_reference(model, WORDS[:3], tmp_path / "made", progress=stop, **settings)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "made").glob("*.png")}
     assert len(before) == 2
+    torn = tmp_path / "made" / ".5-a-cat-face.1.part"
+    torn.write_bytes(b"half a picture")
+    with only_writer(tmp_path / "made"), pytest.raises(imagegen.RequestError, match="another run writes into"):
+        record_reference(model, WORDS[:3], tmp_path / "made", **settings)
+    assert torn.exists(), "it may be the other run's"
     with pytest.raises(imagegen.DataError, match="made otherwise than it would be now: choose a new folder"):
         record_reference(model, WORDS[:3], tmp_path / "made", num_steps=3, seed=3)
     assert len(record_reference(model, WORDS[:3], tmp_path / "made", **settings)) == 3
     assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert not torn.exists()
     alone = [model.generate(words, seed=3 + n, num_steps=2).images[0] for n, words in enumerate(WORDS[:3])]
     assert [picture.tobytes() for _, picture in open_reference(tmp_path / "made")] == [picture.tobytes() for picture in alone]
     with pytest.raises(imagegen.DataError, match="not an empty folder"):

@@ -11,9 +11,8 @@ of a second.
 """
 
 import argparse
-import os
+import copy
 import random
-import shutil
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from build_data import default_work
 from captions import descriptions_for_denoiser, descriptions_for_text, dress
 from precision import fast_autocast
 from rich.progress import track
-from text import embed, load_text_encoder
+from text import embed, load_text_encoder, write_text_encoder
 from torch import nn
 from torch.nn import functional as F
 from train_text import SHARPNESS, SHIPPED, Captions, cosines_to, embed_names, measure, read_glosses
@@ -67,8 +66,9 @@ def with_more_layers(model: BertModel, seen: torch.Tensor) -> BertModel:
         seen: (B, T, 384) of its outputs, whose spread the added norms have to give back.
     """
     before = len(model.encoder.layer)
-    model.config.num_hidden_layers = before + NUM_ADDED
-    taller = BertModel(model.config)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = before + NUM_ADDED
+    taller = BertModel(config)
     taller.load_state_dict(model.state_dict(), strict=False)
     taller.config.use_attention_mask = True
     flat = seen.flatten(0, 1)
@@ -145,10 +145,7 @@ def settle(work: Path, num_steps: int) -> None:
         if step % 250 == 249 or step == num_steps - 1:
             told = f"captions moved {moved.item():.3f}, descriptions apart {apart.item():.3f}, chosen {chosen.item():.3f}"
             print(f"step {step + 1}: {told}\n  " + measure((encoder[0], taller), names, unseen), flush=True)
-    part = work / "text_encoder.part"
-    taller.half().save_pretrained(part)
-    shutil.rmtree(work / "text_encoder", ignore_errors=True)
-    os.replace(part, work / "text_encoder")
+    write_text_encoder(taller, work)
 
 
 if __name__ == "__main__":

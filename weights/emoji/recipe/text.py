@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -45,6 +47,14 @@ def load_text_encoder(work: Path | None = None) -> tuple[BertTokenizerFast, Bert
     model = BertModel.from_pretrained(work / "text_encoder" if work else folder).half().float().eval()
     model.config.use_attention_mask = True  # StableDiffusionPipeline passes the mask only where this stands
     return tokenizer, model
+
+
+def write_text_encoder(model: BertModel, work: Path) -> None:
+    """Write the encoder, in half precision, beside `text_encoder/` of the work folder and move it in."""
+    part = work / "text_encoder.part"
+    model.eval().half().save_pretrained(part)
+    shutil.rmtree(work / "text_encoder", ignore_errors=True)
+    os.replace(part, work / "text_encoder")
 
 
 @torch.no_grad()

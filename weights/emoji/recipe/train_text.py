@@ -10,10 +10,8 @@ Reads captions of scenes (`scenes.py`), no pictures are drawn; writes `text_enco
 """
 
 import argparse
-import os
 import random
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ from pictures import BACKGROUNDS, Pictures
 from precision import fast_autocast
 from rich.progress import track
 from scenes import COLOURS, DEFAULT_STYLE, STYLES, Colours, Scene, Scenes
-from text import MAX_TOKENS, embed, load_text_encoder
+from text import MAX_TOKENS, embed, load_text_encoder, write_text_encoder
 from torch import nn
 from torch.nn import functional as F
 
@@ -198,10 +196,7 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
             print(f"step {step + 1}: near {near.item():.3f}, named {named.item():.3f}, {told}", flush=True)
             print("  " + measure((tokenizer, model), names, unseen), flush=True)
             start_learning(model)
-    part = work / "text_encoder.part"
-    model.eval().half().save_pretrained(part)
-    shutil.rmtree(work / "text_encoder", ignore_errors=True)
-    os.replace(part, work / "text_encoder")
+    write_text_encoder(model, work)
 
 
 if __name__ == "__main__":
