@@ -247,8 +247,12 @@ def test_a_real_process_from_end_to_end():
     assert imagegen.read_receipt("7-a-red-apple.png").request["seed"] == 7
 
 
-@pytest.mark.parametrize("after_s", [0.2, 0.9, 6], ids=["as it starts", "as libraries are imported", "in the middle"])
-def test_control_c_is_130_and_leaves_nothing(after_s):
+@pytest.mark.parametrize(
+    ("number", "after_s"),
+    [(signal.SIGINT, 0.2), (signal.SIGINT, 0.9), (signal.SIGINT, 6), (signal.SIGTERM, 0.9), (signal.SIGTERM, 6)],
+    ids=["as it starts", "as libraries are imported", "in the middle", "terminated in imports", "terminated in the middle"],
+)
+def test_a_stop_is_130_and_leaves_nothing(number, after_s):
     process = subprocess.Popen(
         [*COMMAND, "generate", "a red apple", "--steps", "1000", "--out", "made"],
         stdout=subprocess.PIPE,
@@ -259,7 +263,7 @@ def test_control_c_is_130_and_leaves_nothing(after_s):
     )
     try:
         time.sleep(after_s)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
