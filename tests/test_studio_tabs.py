@@ -68,7 +68,11 @@ def enter(page, *tabs):
 
 
 def wait_for(page, text):
-    page.get_by_text(text).locator("visible=true").first.wait_for(timeout=PATIENCE_MS)
+    try:
+        page.get_by_text(text).locator("visible=true").first.wait_for(timeout=PATIENCE_MS)
+    except Exception as error:
+        error.add_note(page.inner_text("body"))
+        raise
 
 
 @pytest.mark.slow
@@ -93,9 +97,10 @@ def test_every_tab(page, served, tmp_path):
     wait_for(page, "seed 5")
     assert page.locator(".strip img").count() >= 2
     press(page, "Vary subtly")
-    wait_for(page, re.compile(r"steps in .* seed (?!5)"))
+    wait_for(page, re.compile(r"steps in .* seed (?!5 )"))
     page.get_by_role("button", name="Generate", exact=True).wait_for()
     page.locator(".strip img").nth(1).click()  # the apple again: stock diffusers makes what words alone made
+    wait_for(page, re.compile("a red apple · seed 5 "))
 
     # Compare: one picture, in every view; then a set; then blind.
     press(page, "Compare")

@@ -192,7 +192,7 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
         files = [str(path) for path in frame.paths]
         desk = studio.desk(request)
         desk.shown = list(frame.paths)
-        status = f"<p class='status' role='status'>{frame.message} · saved in {html.escape(frame.paths[0].parent.name)}</p>"
+        status = status_html(f"{frame.message} · saved in {frame.paths[0].parent.name}")
         shown: dict[Any, Any] = {tab.live: gr.update(visible=False), tab.status: status, tab.history: history(request)}
         shown[tab.gallery] = gr.update(value=files, columns=min(2, len(files)), selected_index=None, visible=True)
         return shown | chosen(frame.paths[0], request)
@@ -218,7 +218,10 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
         with errors_shown():
             studio.desk(request).shown = [old[event.index]]
             shown = gr.update(value=[str(old[event.index])], columns=1, selected_index=None, visible=True)
-            return chosen(old[event.index], request) | {tab.gallery: shown, tab.live: gr.update(visible=False)}
+            made = read_receipt(old[event.index]).request
+            stage = {tab.gallery: shown, tab.live: gr.update(visible=False)}
+            stage[tab.status] = status_html(f"{made['prompt']} · seed {made['seed']} · made earlier")
+            return chosen(old[event.index], request) | stage
 
     def go_on(kind: str) -> Callable[..., Iterator[dict[Any, Any]]]:
         def work(plan: str, loras: list[str], weight: float, count: int, request: gr.Request) -> Iterator[dict[Any, Any]]:
@@ -309,7 +312,7 @@ def connect_generate(studio: Studio, tab: SimpleNamespace, picture: Any) -> None
         outputs=[tab.measured, tab.plan], concurrency_id="measure",
     )  # fmt: skip
     tab.gallery.select(choose_shown, None, [tab.receipt, tab.download, picture, *tab.about[1:]], **PRIVATE)
-    old = [tab.receipt, tab.gallery, tab.live, picture, *tab.about]
+    old = [tab.receipt, tab.gallery, tab.live, tab.status, picture, *tab.about]
     tab.history.select(choose_old, None, old, **PRIVATE)
     tab.keep.click(lambda receipt: str(json.loads(receipt)["request"]["seed"]), tab.receipt, tab.seed, **PRIVATE)
     tab.restore.upload(
@@ -327,6 +330,11 @@ def _measure(studio: Studio, tell: Tell) -> None:
     tell("waiting for the model", 0, 1)
     with studio.engine.alone() as model:
         studio.take_figures(measure_tiers(model, studio.tiers(), next(iter(studio.references.values()), None), tell))
+
+
+def status_html(text: str) -> str:
+    """Return the line under the stage that says what is on it."""
+    return f"<p class='status' role='status'>{html.escape(text)}</p>"
 
 
 def remembered(path: Path) -> str:

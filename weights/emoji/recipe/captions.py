@@ -49,16 +49,16 @@ def descriptions() -> dict[str, list[str]]:
 
 
 def descriptions_for_text() -> dict[str, list[str]]:
-    """Return the two thirds of every concept's descriptions that the text encoder is taught."""
-    return {name: [text for index, text in enumerate(texts) if index % 3 != 2] for name, texts in descriptions().items()}
+    """Return the five sixths of every concept's descriptions that the text encoder is taught."""
+    return {name: [text for index, text in enumerate(texts) if index % 6 != 5] for name, texts in descriptions().items()}
 
 
 def descriptions_for_denoiser() -> dict[str, list[str]]:
-    """Return the other third, of which the text encoder is as unsure as of anybody's words.
+    """Return the other sixth, of which the text encoder is as unsure as of anybody's words.
 
     So the denoiser learns what to do then: to draw one thing that may be meant, not the mean of several.
     """
-    return {name: texts[2::3] for name, texts in descriptions().items()}
+    return {name: texts[5::6] for name, texts in descriptions().items()}
 
 
 def caption(

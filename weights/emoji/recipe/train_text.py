@@ -32,6 +32,9 @@ LEARNING_RATE = 2e-4
 NEARNESS = 1.0  # weight of captions that stay near what they were, in units of their variance
 NUM_FROZEN = 3  # layers, the lower half
 CAPTION_SHARE = 3  # one text in so many is a caption, the others are descriptions and glosses
+NUM_NEAR = 2000  # descriptions of about one length, from which a batch's come: little of it is padding
+PADDED_SHARE = 4  # one batch in so many is padded to the full length, as every prompt will be
+FORGOTTEN = 0.1  # of a description's words
 SHARPNESS = 16.0  # of the cosines to names, as logits
 NOTHING = -100  # no answer is asked of this token
 COLOUR_NAMES, BACKGROUND_NAMES, STYLE_NAMES = [None, *COLOURS], list(BACKGROUNDS), list(STYLES)
@@ -56,25 +59,20 @@ class Captions:
             "background": len(BACKGROUND_NAMES),
         }
 
-    def draw(self, tokenizer, num: int, others: list[tuple[str, int]], chance: random.Random) -> tuple[dict, dict]:
-        """Return `num` texts as tokens and, for each head, the answers (num, T); `others` come with their concepts."""
-        scenes = [self.scenes.draw(chance) for _ in range(num // CAPTION_SHARE)]
+    def draw(self, tokenizer, num: int, chance: random.Random) -> tuple[dict, dict]:
+        """Return captions of scenes as tokens and, for each head, the answers (num, T)."""
+        scenes = [self.scenes.draw(chance) for _ in range(num)]
         told = [self.scenes.describe_parts(scene, chance) for scene in scenes]
-        texts = [text for text, _ in told]
-        more = chance.choices(others, k=num - len(texts))
-        tokens = tokenizer(
-            texts + [dress(text, chance) for text, _ in more],
-            padding=True, max_length=MAX_TOKENS, truncation=True, return_tensors="pt", return_offsets_mapping=True,
-        )  # fmt: skip
-        answers = {head: torch.full(tokens.input_ids.shape, NOTHING) for head in self.heads}
+        tokens = tokenize(tokenizer, [text for text, _ in told], chance, return_offsets_mapping=True)
+        answers = {head: torch.full(tokens["input_ids"].shape, NOTHING) for head in self.heads}
+        offsets = tokens.pop("offset_mapping")
         for index, (scene, (text, parts)) in enumerate(zip(scenes, told, strict=True)):
             answers["style"][index] = STYLE_NAMES.index(scene.style or DEFAULT_STYLE)
             answers["background"][index] = BACKGROUND_NAMES.index(scene.background)
             for head, thing, span in self._spans(scene, text, parts):
-                inside = self._inside(tokens.offset_mapping[index], span) if span else slice(None)
+                inside = self._inside(offsets[index], span) if span else slice(None)
                 answers[head][index, inside] = thing
-        answers["thing"][len(texts) :] = torch.tensor([concept for _, concept in more])[:, None]
-        return {name: tokens[name] for name in ("input_ids", "attention_mask")}, answers
+        return tokens, answers
 
     def _spans(self, scene: Scene, text: str, parts: list[str]):
         start = 0
@@ -94,6 +92,30 @@ class Captions:
         """Return which tokens lie in a span of letters; special tokens and padding, at (0, 0), do in none."""
         first, last = offsets[:, 0], offsets[:, 1]
         return (first >= span[0]) & (last <= span[1]) & (last > first)
+
+
+def tokenize(tokenizer, texts: list[str], chance: random.Random, **options) -> dict[str, torch.Tensor]:
+    """Return texts as tokens, padded to the longest of them or, now and then, as far as every prompt is."""
+    padding = True if chance.randrange(PADDED_SHARE) else "max_length"
+    tokens = tokenizer(texts, padding=padding, max_length=MAX_TOKENS, truncation=True, return_tensors="pt", **options)
+    return {name: tokens[name] for name in ("input_ids", "attention_mask", "offset_mapping") if name in tokens}
+
+
+def draw_described(tokenizer, num: int, others: list[tuple[str, int]], chance: random.Random) -> tuple[dict, torch.Tensor]:
+    """Return `num` descriptions of about one length, some words of them forgotten, as tokens, and their concepts (num,).
+
+    Args:
+        tokenizer: the encoder's.
+        num: how many.
+        others: texts and their concepts, by length.
+        chance: the source of every choice.
+    """
+    start = chance.randrange(-NUM_NEAR // 2, len(others) - NUM_NEAR // 2)
+    near = others[max(start, 0) : start + NUM_NEAR]
+    pairs = chance.choices(near, k=num)
+    texts = [" ".join(word for word in text.split() if chance.random() >= FORGOTTEN) or text for text, _ in pairs]
+    tokens = tokenize(tokenizer, [dress(text, chance) for text in texts], chance)
+    return tokens, torch.tensor([concept for _, concept in pairs])
 
 
 def read_glosses(work: Path, names: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
@@ -161,6 +183,7 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
     names = embed_names(known, captions.names)
     others, _ = read_glosses(work, captions.names)
     others += [(text, captions.names.index(name)) for name, texts in descriptions_for_text().items() for text in texts]
+    others.sort(key=lambda pair: len(pair[0]))
     spread, num_captions = 0.0, BATCH // CAPTION_SHARE
     start_learning(model)
     heads = nn.ModuleDict({name: nn.Linear(model.config.hidden_size, size) for name, size in captions.heads.items()})
@@ -171,20 +194,18 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
     optimiser = torch.optim.AdamW(parts, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [part["lr"] for part in parts], num_steps, pct_start=0.1)
     for step in track(range(num_steps), description="text encoder"):
-        tokens, answers = captions.draw(tokenizer, BATCH, others, random.Random(7_000_003 + step))
+        chance = random.Random(7_000_003 + step)
+        tokens, answers = captions.draw(tokenizer, num_captions, chance)
+        other_tokens, concepts = draw_described(tokenizer, BATCH - num_captions, others, chance)
         with fast_autocast():
-            out = model(**tokens)[0]
+            said, described = model(**tokens)[0].float(), model(**other_tokens)[0].float()
             with torch.no_grad():
-                before = known[1](**{name: value[:num_captions] for name, value in tokens.items()})[0].float()
-        out = out.float()
+                before = known[1](**tokens)[0].float()
         spread = spread or before.var().item()
-        said, described = out[:num_captions], out[num_captions:]
         near = (said - before).square().mean() / spread
-        losses = {
-            name: F.cross_entropy(head(said).flatten(0, 1), answers[name][:num_captions].flatten())
-            for name, head in heads.items()
-        }
-        named = F.cross_entropy(SHARPNESS * cosines_to(names, described).flatten(0, 1), answers["thing"][num_captions:].flatten())
+        losses = {name: F.cross_entropy(head(said).flatten(0, 1), answers[name].flatten()) for name, head in heads.items()}
+        concepts = concepts[:, None].expand(described.shape[:2])
+        named = F.cross_entropy(SHARPNESS * cosines_to(names, described).flatten(0, 1), concepts.flatten())
         loss = NEARNESS * near + sum(losses.values()) / len(losses) + 2 * named
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
