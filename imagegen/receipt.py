@@ -30,6 +30,7 @@ REQUIRED_SETTINGS: dict[str, type | tuple[type, ...]] = {
     "width": int,
     "height": int,
 }
+OPTIONAL_SETTINGS = {"strength": NUMBER, "temperature": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,16 @@ def parse_receipt(text: str) -> Receipt:
     for name, wanted in REQUIRED_SETTINGS.items():
         if not isinstance(data["request"].get(name), wanted):
             raise ReceiptError(f"the receipt's request has no usable {name!r}: it is damaged")
-    if not isinstance(data["model"].get("source"), str) or not isinstance(data["model"].get("sha256"), dict):
+    for name, wanted in OPTIONAL_SETTINGS.items():
+        if not isinstance(data["request"].get(name), (*wanted, type(None))):
+            raise ReceiptError(f"the receipt's request has an unusable {name!r}: it is damaged")
+    hashes = data["model"].get("sha256")
+    if not isinstance(data["model"].get("source"), str) or not isinstance(hashes, dict):
         raise ReceiptError("the receipt's model has no source or weight hashes: it is damaged")
+    if not all(isinstance(value, str) for value in hashes.values()):
+        raise ReceiptError("the receipt's model has a weight hash that is no text: it is damaged")
+    if not all(isinstance(lora, dict) for lora in data["loras"]):
+        raise ReceiptError("the receipt's 'loras' holds what is no LoRA: it is damaged")
     known: dict[str, Any] = {name: data.get(name) for name in Receipt.__dataclass_fields__}
     return Receipt(**known)
 

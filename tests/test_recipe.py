@@ -177,15 +177,35 @@ def test_every_token_is_told_what_it_speaks_of(work, scenes, monkeypatch):
     monkeypatch.setattr(
         captions.scenes, "describe_parts", lambda *_: ("two blue apples above an owl", ["two blue apples", "an owl"])
     )
-    tokens, answers = captions.draw(tokenizer, 3, [("a gloss", 2)], random.Random(0))
+    tokens, answers = captions.draw(tokenizer, 3, random.Random(0))
     words = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0])
     told = {word: [answers[head][0, place].item() for head in answers] for place, word in enumerate(words)}
     none, style, background = train_text.NOTHING, 2, 3
     assert told["apples"] == told["two"] == [0, 5, 1, 3, style, background]  # apple, blue, two of them, above
     assert told["owl"] == [2, 0, 0, 4, style, background]  # in its own colour, one, below
     assert told["above"] == told["[CLS]"] == [none] * 4 + [style, background]
-    assert answers["thing"][1].unique().tolist() == [2]  # a gloss is its concept's at every token
-    assert answers["colour"][1].unique().tolist() == [none]
+
+
+def test_descriptions_of_a_batch_are_about_as_long_and_come_with_their_concepts():
+    import random
+
+    import train_text
+    from transformers import BertTokenizerFast
+
+    from imagegen.catalog import embedded_folder
+
+    tokenizer = BertTokenizerFast.from_pretrained(embedded_folder() / "tokenizer")
+    others = [(" ".join(["word"] * (1 + number // 500)), number // 500) for number in range(10_000)]
+    seen, widths = set(), set()
+    for seed in range(40):
+        tokens, concepts = train_text.draw_described(tokenizer, 64, others, random.Random(seed))
+        lengths = tokens["attention_mask"].sum(1)
+        assert concepts.max() - concepts.min() <= 4, "2,000 of one length"
+        assert ((lengths - 2) <= concepts + 1 + 5).all() and (lengths >= 3).all()  # five words more where it is dressed
+        seen |= set(concepts.tolist())
+        widths.add(tokens["input_ids"].shape[1])
+    assert seen == set(range(20)), "the shortest and the longest, too"
+    assert 32 in widths and min(widths) < 12
 
 
 def test_added_layers_change_next_to_nothing_before_they_learn():
