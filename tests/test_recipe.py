@@ -225,7 +225,12 @@ def test_added_layers_change_next_to_nothing_before_they_learn():
         after = taller(words)[0]
         assert len(taller.encoder.layer) == 2 + NUM_ADDED
         assert (after - before).square().mean() < 0.15 * before.var()
-        torch.testing.assert_close(settling(before.flatten(0, 1)).view_as(after), after)  # a token at a time
+        means = before.mean(1, keepdim=True).expand_as(before).flatten(0, 1)
+        torch.testing.assert_close(settling(before.flatten(0, 1), means).view_as(after), after)  # a token at a time
+        torch.nn.init.normal_(settling.layers[0].attention.output.dense.weight)
+        seen = settling(before.flatten(0, 1), means).view_as(after)
+        torch.testing.assert_close(seen, taller(words)[0], msg="the added attention is the mean")
+        assert (seen - after).abs().max() > 0.1
 
 
 def test_joined_texts_begin_with_the_one_and_end_with_the_other():
@@ -444,3 +449,24 @@ def test_compositions_are_right_only_where_every_thing_is_in_its_place(monkeypat
     assert not right(question("counting", count=2, asked=("apple",)), three)
     assert not right(question("counting", count=3, asked=("pear",)), three)
     assert geneval.colour_of(place(white.clone(), (0, 0), (0.8, -0.6, -0.6))) == "red" and geneval.colour_of(white) is None
+
+
+def test_dropped_words_are_spelt_in_pieces_and_all_others_say_the_same(tmp_path):
+    from text import embed, with_fewer_words, write_text_encoder
+    from transformers import BertModel, BertTokenizerFast
+
+    from imagegen.catalog import embedded_folder
+
+    tokenizer = BertTokenizerFast.from_pretrained(embedded_folder() / "tokenizer")
+    model = BertModel.from_pretrained(embedded_folder() / "text_encoder").float().eval()
+    model.config.use_attention_mask = True
+    kept = "a striped hunter of the jungle, éclair?"
+    smaller = with_fewer_words((tokenizer, model), [kept] * 2 + ["accordion", "xylophone"], 232)
+    assert smaller[1].embeddings.word_embeddings.weight.shape[0] == len(smaller[0].get_vocab()) == 232
+    torch.testing.assert_close(embed(smaller, [kept]), embed((tokenizer, model), [kept]))
+    assert "[UNK]" not in smaller[0].tokenize("a xylophone player's handkerchief 42 $")
+    assert len(smaller[0].tokenize("handkerchief")) > len(tokenizer.tokenize("handkerchief"))
+    write_text_encoder(smaller, tmp_path)
+    again = BertTokenizerFast.from_pretrained(tmp_path / "tokenizer")
+    assert again(kept).input_ids == smaller[0](kept).input_ids and again.model_max_length == 32
+    assert again.pad_token_id == smaller[1].config.pad_token_id == 0

@@ -15,29 +15,31 @@ from pathlib import Path
 from build_data import default_work
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from text import MAX_TOKENS, load_text_encoder
-from transformers import BertModel
+from transformers import BertModel, BertTokenizerFast
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NOTICE = """\
 The files in text_encoder/ and tokenizer/ are sentence-transformers/all-MiniLM-L6-v2, licensed under the
 Apache License, Version 2.0 (below). Changes: the upper three layers were trained further on captions of
-pictures (recipe/train_text.py), the weights were converted to half precision (float16), and
-`use_attention_mask`, `dtype` and the maximum length were set in the configuration files.
+pictures (recipe/train_text.py), two layers were added and the table of words was made smaller
+(recipe/settle_text.py), the weights were converted to half precision (float16), and `use_attention_mask`,
+`dtype` and the maximum length were set in the configuration files.
 
 """
 
 
-def assemble(denoiser: UNet2DConditionModel, autoencoder: AutoencoderKL, text_encoder: BertModel, folder: Path) -> None:
+def assemble(
+    denoiser: UNet2DConditionModel, autoencoder: AutoencoderKL, text_encoder: tuple[BertTokenizerFast, BertModel], folder: Path
+) -> None:
     """Write the pipeline into `folder`, replacing its parts one by one, each whole."""
-    tokenizer, _ = load_text_encoder()
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, steps_offset=1
     )
     pipeline = StableDiffusionPipeline(
         vae=autoencoder.half(),
-        text_encoder=text_encoder.half(),
-        tokenizer=tokenizer,
+        text_encoder=text_encoder[1].half(),
+        tokenizer=text_encoder[0],
         unet=denoiser.half(),
         scheduler=scheduler,
         safety_checker=None,
@@ -105,7 +107,7 @@ if __name__ == "__main__":
     assemble(
         UNet2DConditionModel.from_pretrained(arguments.work / "denoiser"),
         AutoencoderKL.from_pretrained(arguments.work / "autoencoder"),
-        load_text_encoder(arguments.work)[1],
+        load_text_encoder(arguments.work),
         arguments.out,
     )
     keep_account(arguments.work, HERE / "training.json")

