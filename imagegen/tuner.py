@@ -221,6 +221,11 @@ class Search:
         """Seconds since the search began."""
         return time.monotonic() - self.started
 
+    @property
+    def has_time(self) -> bool:
+        """Whether the search may begin to measure one thing more."""
+        return self.elapsed_s < SEARCH_SHARE * self.limit_s
+
     def run(self) -> None:
         """Measure every lever alone, then combinations, the one predicted fastest first."""
         self.tell("stock pictures to search on", 0, 1)
@@ -233,7 +238,7 @@ class Search:
             self.earlier.clear()
         self.measure(Plan(ALWAYS, (ALWAYS,)), self.cases)
         kept = [self.alone(group) for group in self.groups]
-        while (plan := self.most_promising(kept)) is not None and self.elapsed_s < SEARCH_SHARE * self.limit_s:
+        while (plan := self.most_promising(kept)) is not None and self.has_time:
             self.measure(plan, self.cases)
 
     def alone(self, group: Sequence[str]) -> list[str]:
@@ -243,6 +248,9 @@ class Search:
             self.tell(f"alone: {lever}", number, len(group))
             if lever == "compile" and "openvino" in found:
                 self.left_out[lever] = "openvino engaged, and compiling takes minutes: name compile in a plan to try it"
+                continue
+            if not self.has_time and lever not in self.earlier:
+                self.left_out[lever] = "no time was left to try it: give more minutes"
                 continue
             trial = self.measure(Plan(lever, (lever,)), self.cases)
             if trial is None:

@@ -25,7 +25,7 @@ NUM_STOPS = int(os.environ.get("IMAGEGEN_STOPS", "2"))
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 PATIENCE_S = 300  # until a process must have ended; nothing is measured by it
 LONG = {
-    "generate": "generate {words} --steps 6 --out made",
+    "generate": "generate {words} --seed 1 --steps 6 --out made",
     "batch": "batch prompts.jsonl --out made",
     "reference": "reference made --prompts prompts.txt --steps 4",
     "compare": "compare kept --plan exact --plan fast --report made",

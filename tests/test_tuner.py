@@ -81,7 +81,17 @@ def test_times_of_a_busier_machine_are_not_believed(model, monkeypatch):
     assert profile.speed["median_s"] > 0
 
 
-def test_no_time_to_confirm_is_said(model):
+def test_a_search_begins_nothing_after_its_time(model, monkeypatch):
+    tried = []
+    measure = tuner.try_plan
+    monkeypatch.setattr(tuner, "try_plan", lambda model, plan, *rest: tried.append(plan.name) or measure(model, plan, *rest))
+    profile = imagegen.tune(model, min_psnr_db=20.0, minutes=1e-6, **FAST)
+    assert tried == ["exact", "prompt-cache"] and profile.plan == []
+    assert "step-cache(warmup=2): no time was left to try it: give more minutes" in profile.notes
+
+
+def test_no_time_to_confirm_is_said(model, monkeypatch):
+    monkeypatch.setattr(tuner, "SEARCH_SHARE", float("inf"))
     profile = imagegen.tune(model, min_psnr_db=20.0, minutes=1e-6, **FAST)
     assert profile.plan == [] and any("no time was left" in note for note in profile.notes)
 
