@@ -234,6 +234,13 @@ def write_times(model: imagegen.Model, readme: Path) -> None:
     fill(readme, "times", measure_times(model, stock))
 
 
+def count_fuzzing() -> str:
+    """Say how much was thrown at the parsers, from what `tests/fuzz.py` wrote down."""
+    tried = json.loads((ROOT / "tests" / "fuzz" / "results.json").read_text()).values()
+    runs, least = sum(one["runs"] for one in tried), min(one["minutes"] for one in tried)
+    return f"{len(tried)} parsers, at least {least:.0f} minutes of processor time each: {runs / 1e6:.1f} million files"
+
+
 PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {
     "pictures": lambda model, readme, card: write_pictures(model),
     "demo": lambda model, readme, card: photograph(model, SAMPLES),
@@ -246,6 +253,7 @@ PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {
     "janusflow": lambda model, readme, card: fill(readme, "janusflow", measure_janusflow()),
     "crowd": lambda model, readme, card: fill(readme, "crowd", measure_crowd()),
     "workers": lambda model, readme, card: fill(readme, "workers", measure_workers()),
+    "fuzz": lambda model, readme, card: fill(readme, "fuzz", count_fuzzing()),
     "model": write_model,
 }
 
