@@ -60,6 +60,7 @@ KINDS = {
     "convolutions": {"layers": "convolutions"},
     "DoRA": {"dora": True},
     "everything": {"layers": "all"},
+    "what reads the prompt": {"layers": "text"},
 }
 
 
@@ -80,6 +81,7 @@ def test_stock_diffusers_draws_our_picture(clip, trained):
     assert any(name.startswith("text_encoder.") for name in names) == (kind == "text encoder")
     assert any(".conv1." in name for name in names) == (kind in ("convolutions", "everything"))
     assert any("magnitude" in name for name in names) == (kind == "DoRA")
+    assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in names) == (kind == "what reads the prompt")
 
 
 def test_the_same_lora_in_kohyas_layout(clip, trained, tmp_path):
@@ -91,7 +93,8 @@ def test_the_same_lora_in_kohyas_layout(clip, trained, tmp_path):
     file = adapters.export_kohya(made.weights, tmp_path / "kohya.safetensors")
     tensors = load_file(file)
     unet = [name for name in tensors if name.startswith("lora_unet_")]
-    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight" in unet
+    layer = "attn2_to_k" if kind == "what reads the prompt" else "attn1_to_q"
+    assert f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_{layer}.lora_down.weight" in unet
     assert {float(value) for name, value in tensors.items() if name.endswith(".alpha")} == {4.0}
     assert all(name.startswith(("lora_unet_", "lora_te_")) and name.count(".") <= 2 for name in tensors)
     assert difference(draw_with(clip, file), draw_with(clip, made.weights)) <= 1

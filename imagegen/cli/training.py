@@ -43,7 +43,7 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
     alpha: Annotated[int | None, typer.Option(help="Scale of the LoRA; its rank by default.")] = None,
     dora: Annotated[bool, typer.Option("--dora", help="Learn magnitudes too.")] = False,
-    layers: Annotated[str, typer.Option(help="That get a LoRA: attention, convolutions (both), or all.")] = "attention",
+    layers: Annotated[str, typer.Option(help="That get a LoRA: attention, convolutions (both), all, or text.")] = "attention",
     text_encoder: Annotated[bool, typer.Option("--text-encoder", help="Put a LoRA on the text encoder too.")] = False,
     min_snr: Annotated[float | None, typer.Option(help="Cap of the loss weights' signal-to-noise ratio.")] = None,
     ema: Annotated[float, typer.Option(help="Decay of averaged weights; 0 is none.")] = 0.0,

@@ -8,7 +8,7 @@ from imagegen.request import DataError
 
 METHODS = ("lora", "full")
 PRECISIONS = ("fp32", "bf16")
-LAYERS = ("attention", "convolutions", "all")
+LAYERS = ("attention", "convolutions", "all", "text")
 RATES = {"lora": 1e-4, "full": 1e-5}
 FREE = ("num_steps", "save_every", "validation_prompts", "validate_every", "tracker")  # may change at a resume
 
@@ -31,7 +31,8 @@ class Recipe:
         rank: of the LoRA.
         alpha: of the LoRA, whose output is scaled by alpha / rank; None is its rank.
         dora: learn magnitudes too. Source: Liu et al. (2024), https://arxiv.org/abs/2402.09353.
-        layers: of the denoiser that get a LoRA: `attention`, `convolutions` (both), or `all` that multiply.
+        layers: of the denoiser that get a LoRA: `attention`, `convolutions` (both), `all` that multiply, or `text`, which
+            read the prompt.
         text_encoder: put a LoRA on the text encoder too; its embeddings are then computed at every step.
         min_snr: cap of the loss weights' signal-to-noise ratio; None is no weighting.
         precision: of the denoiser's arithmetic while it is trained: `fp32`, or `bf16` by autocast; weights stay fp32.
