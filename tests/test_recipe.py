@@ -198,7 +198,7 @@ def test_descriptions_of_a_batch_are_about_as_long_and_come_with_their_concepts(
     others = [(" ".join(["word"] * (1 + number // 500)), number // 500) for number in range(10_000)]
     seen, widths = set(), set()
     for seed in range(40):
-        tokens, concepts = train_text.draw_described(tokenizer, 64, others, random.Random(seed))
+        tokens, concepts = train_text.draw_described(tokenizer, 64, others, {}, random.Random(seed))
         lengths = tokens["attention_mask"].sum(1)
         assert concepts.max() - concepts.min() <= 4, "2,000 of one length"
         assert ((lengths - 2) <= concepts + 1 + 5).all() and (lengths >= 3).all()  # five words more where it is dressed
@@ -206,6 +206,23 @@ def test_descriptions_of_a_batch_are_about_as_long_and_come_with_their_concepts(
         widths.add(tokens["input_ids"].shape[1])
     assert seen == set(range(20)), "the shortest and the longest, too"
     assert 32 in widths and min(widths) < 12
+
+
+def test_a_sentence_is_retold_in_words_that_evoke_something_else():
+    import random
+
+    from train_text import FORGOTTEN, RETOLD, retell
+
+    words = {5: [("hoot", 1.0), ("nocturnal", 0.5)]}
+    told = [retell("a striped hunter that runs in the jungle", 2, words, random.Random(seed)) for seed in range(400)]
+    retold = [text.split() for text, concept in told if concept == 5]
+    assert abs(len(retold) / len(told) - RETOLD) < 0.08 and {concept for _, concept in told} == {2, 5}
+    kept = {"a", "that", "in", "the"}
+    forms = {"hoot", "hoots", "hooting", "hooted", "nocturnal", "nocturnals", "nocturnaling", "nocturnaled"}
+    assert all(set(words) <= kept | forms for words in retold)
+    assert set().union(*retold) == kept | forms
+    lengths = [len(words) for words in retold]
+    assert abs(sum(lengths) / len(lengths) - 8 * (1 - FORGOTTEN)) < 0.4
 
 
 def test_added_layers_change_next_to_nothing_before_they_learn():

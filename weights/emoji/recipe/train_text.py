@@ -36,10 +36,31 @@ CAPTION_SHARE = 3  # one text in so many is a caption, the others are descriptio
 NUM_NEAR = 2000  # descriptions of about one length, from which a batch's come: little of it is padding
 PADDED_SHARE = 4  # one batch in so many is padded to the full length, as every prompt will be
 FORGOTTEN = 0.1  # of a description's words
+RETOLD = 0.3  # of the descriptions: the sentence stays, its words become such as evoke another concept
+LINKING = {
+    "that",
+    "with",
+    "from",
+    "this",
+    "what",
+    "when",
+    "your",
+    "into",
+    "over",
+    "they",
+    "them",
+    "used",
+    "like",
+    "which",
+    "where",
+}
 SHARPNESS = 16.0  # of the cosines to names, as logits
 NOTHING = -100  # no answer is asked of this token
 COLOUR_NAMES, BACKGROUND_NAMES, STYLE_NAMES = [None, *COLOURS], list(BACKGROUNDS), list(STYLES)
 PLACES = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)]
+
+
+Words = dict[int, list[tuple[str, float]]]  # concept: words that evoke it, and how much
 
 
 class Captions:
@@ -102,21 +123,52 @@ def tokenize(tokenizer, texts: list[str], chance: random.Random, **options) -> d
     return {name: tokens[name] for name in ("input_ids", "attention_mask", "offset_mapping") if name in tokens}
 
 
-def draw_described(tokenizer, num: int, others: list[tuple[str, int]], chance: random.Random) -> tuple[dict, torch.Tensor]:
+def draw_described(
+    tokenizer, num: int, others: list[tuple[str, int]], words: Words, chance: random.Random
+) -> tuple[dict, torch.Tensor]:
     """Return `num` descriptions of about one length, some words of them forgotten, as tokens, and their concepts (num,).
 
     Args:
         tokenizer: the encoder's.
         num: how many.
         others: texts and their concepts, by length.
+        words: that evoke each concept.
         chance: the source of every choice.
     """
     start = chance.randrange(-NUM_NEAR // 2, len(others) - NUM_NEAR // 2)
     near = others[max(start, 0) : start + NUM_NEAR]
-    pairs = chance.choices(near, k=num)
-    texts = [" ".join(word for word in text.split() if chance.random() >= FORGOTTEN) or text for text, _ in pairs]
-    tokens = tokenize(tokenizer, [dress(text, chance) for text in texts], chance)
+    pairs = [retell(*pair, words, chance) for pair in chance.choices(near, k=num)]
+    tokens = tokenize(tokenizer, [dress(text, chance) for text, _ in pairs], chance)
     return tokens, torch.tensor([concept for _, concept in pairs])
+
+
+def retell(text: str, concept: int, words: Words, chance: random.Random) -> tuple[str, int]:
+    """Return a description with some words forgotten, or the same kind of sentence about anything, in words that evoke it."""
+    said = text.split()
+    if words and chance.random() < RETOLD:
+        concept = chance.choice(list(words))
+        evoking, weights = zip(*words[concept], strict=True)
+        said = [
+            bent(chance.choices(evoking, weights)[0], chance) if len(word) > 3 and word not in LINKING else word for word in said
+        ]
+    return " ".join(word for word in said if chance.random() >= FORGOTTEN) or text, concept
+
+
+def bent(word: str, chance: random.Random) -> str:
+    """Return a word, or something like one of its other forms."""
+    stem = word.removesuffix("e")
+    return chance.choice((word, word, word, word + "s", stem + "ing", stem + "ed"))
+
+
+def read_words(names: list[str]) -> Words:
+    """Return which words evoke each concept, and how much."""
+    found: Words = {}
+    for line in (RECIPE / "words.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            word, evoked = line.split(" = ")
+            for place, name in enumerate(evoked.split("; "), 1):
+                found.setdefault(names.index(name), []).append((word, 1 / place))
+    return found
 
 
 def read_glosses(work: Path, names: list[str]) -> tuple[list[tuple[str, int]], list[str]]:
@@ -191,6 +243,7 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
     names = embed_names(known, captions.names)
     others, _ = read_glosses(work, captions.names)
     others += [(text, captions.names.index(name)) for name, texts in descriptions_for_text().items() for text in texts]
+    words = read_words(captions.names)
     others.sort(key=lambda pair: len(pair[0]))
     spread, num_captions = 0.0, BATCH // CAPTION_SHARE
     start_learning(model)
@@ -204,7 +257,7 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
     for step in track(range(num_steps), description="text encoder"):
         chance = random.Random(7_000_003 + step)
         tokens, answers = captions.draw(tokenizer, num_captions, chance)
-        other_tokens, concepts = draw_described(tokenizer, BATCH - num_captions, others, chance)
+        other_tokens, concepts = draw_described(tokenizer, BATCH - num_captions, others, words, chance)
         with fast_autocast():
             said, described = model(**tokens)[0].float(), model(**other_tokens)[0].float()
             with torch.no_grad():
