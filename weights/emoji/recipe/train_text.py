@@ -2,9 +2,10 @@
 
 all-MiniLM-L6-v2 knows what words mean, but not what the denoiser has to know at each token: which of the things, in
 which colour, how often and where. Linear heads read that off the output while its upper half learns, and are thrown away.
-A second loss keeps their output near what it was. A third of the texts are captions of scenes; the others are descriptions, and
-WordNet's glosses of other things with the concept that is nearest (`glosses.txt`): so words that no caption holds lead to a
-concept, too. Every token of a description learns to be nearest to what the concept's name is (`names`).
+A second loss keeps their output near what it was. A third of the texts are captions of scenes; the others are descriptions,
+WordNet's glosses of other things with the concept that is nearest (`glosses.txt`), and such sentences in words that evoke
+another concept (`words.txt`): so words that no caption holds lead to a concept, too. Every token of a description learns to
+be nearest to what the concept's name is (`names`).
 
 Reads captions of scenes (`scenes.py`), no pictures are drawn; writes `text_encoder/` into the work folder.
 """
