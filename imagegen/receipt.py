@@ -30,7 +30,8 @@ REQUIRED_SETTINGS: dict[str, type | tuple[type, ...]] = {
     "width": int,
     "height": int,
 }
-OPTIONAL_SETTINGS = {"strength": NUMBER, "temperature": NUMBER}
+OPTIONAL_NUMBERS = ("strength", "temperature")
+LARGEST = 1e300  # a number of the request beyond it is no setting, and prints as none
 
 
 @dataclass(frozen=True)
@@ -128,18 +129,25 @@ def parse_receipt(text: str) -> Receipt:
     for name, wanted in REQUIRED_SETTINGS.items():
         if not isinstance(data["request"].get(name), wanted):
             raise ReceiptError(f"the receipt's request has no usable {name!r}: it is damaged")
-    for name, wanted in OPTIONAL_SETTINGS.items():
-        if not isinstance(data["request"].get(name), (*wanted, type(None))):
+    for name in ("guidance", *OPTIONAL_NUMBERS):
+        value = data["request"].get(name)
+        if value is not None and not _is_number(value):
             raise ReceiptError(f"the receipt's request has an unusable {name!r}: it is damaged")
     hashes = data["model"].get("sha256")
     if not isinstance(data["model"].get("source"), str) or not isinstance(hashes, dict):
         raise ReceiptError("the receipt's model has no source or weight hashes: it is damaged")
     if not all(isinstance(value, str) for value in hashes.values()):
         raise ReceiptError("the receipt's model has a weight hash that is no text: it is damaged")
-    if not all(isinstance(lora, dict) for lora in data["loras"]):
-        raise ReceiptError("the receipt's 'loras' holds what is no LoRA: it is damaged")
+    if not all(isinstance(lora, dict) and _is_number(lora.get("weight", 1.0)) for lora in data["loras"]):
+        raise ReceiptError("the receipt's 'loras' holds what is no LoRA with a weight: it is damaged")
+    if not all(isinstance(data["model"].get(name, {}), dict) for name in ("control", "style")):
+        raise ReceiptError("the receipt's model has a control or a style that is no object: it is damaged")
     known: dict[str, Any] = {name: data.get(name) for name in Receipt.__dataclass_fields__}
     return Receipt(**known)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, NUMBER) and not isinstance(value, bool) and not abs(value) > LARGEST
 
 
 def remembered_prompt(picture: "Image") -> str:

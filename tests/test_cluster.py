@@ -103,7 +103,7 @@ def test_a_hundred_thousand_requests_wait_outside_of_the_memory(tmp_path):
         peaks.append(peak)
     print(", ".join(f"{peak / 2**20:.0f} MiB" for peak in peaks))
     assert len(rows_of(out / "prompts")) >= 200
-    assert peaks[1] - peaks[0] < 500 * 2**20, peaks
+    assert peaks[1] - peaks[0] < 100 * 2**20, peaks  # the lines are 9 MB; all of them as objects would be more than that
 
 
 def test_a_killed_replica_costs_no_request_but_those_it_had(tmp_path):

@@ -1,12 +1,14 @@
 """Stopped at any moment, every long command ends in one line, leaves nothing half written, and can be run again.
 
-`IMAGEGEN_STOPS=20 python -m pytest -m slow tests/test_faults.py` is the long run whose figures README.md gives.
+`IMAGEGEN_STOPS=10 python -m pytest -m slow tests/test_faults.py` is the long run whose figures README.md gives.
 """
 
+import errno
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -54,7 +56,7 @@ def workplace(model, tmp_path, monkeypatch):
     return tmp_path
 
 
-def begin(name, again=False):
+def begin(name, again=False, room_bytes=None):
     words = LONG[name].split()
     if "{words}" in words:
         words[words.index("{words}") : words.index("{words}") + 1] = WORDS
@@ -65,8 +67,14 @@ def begin(name, again=False):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
+        preexec_fn=lambda: prepare(room_bytes),
     )
+
+
+def prepare(room_bytes):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores Ctrl-C
+    if room_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, room_bytes))
 
 
 def finish(process):
@@ -125,6 +133,21 @@ def test_stopped_at_any_moment(workplace, name):
     assert last.returncode == whole.returncode, errors
     assert_whole(made, may_be_parts=killed)
     assert files <= names_in(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_a_full_disk_is_told_in_one_line(workplace, name):
+    """No file may become larger than a kilobyte: a write fails halfway, as on a full disk."""
+    process = begin(name, room_bytes=1024)
+    _out, errors = finish(process)
+    assert process.returncode == 2 and "Traceback" not in errors, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("imagegen: cannot write") and "made" in last and os.strerror(errno.EFBIG) in last, errors
+    assert_whole(workplace / "made", may_be_parts=False)
+    _out, errors = finish(again := begin(name))
+    assert again.returncode in (0, 1) and "Traceback" not in errors, "with room it is made"
+    assert_whole(workplace / "made", may_be_parts=False)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff torn", b"[1, 2", b"[" * 100_000, b'{"a": 3}', b"null", None])

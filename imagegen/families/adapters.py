@@ -23,7 +23,7 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # p
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name: `load_lora_weights(folder)` finds it
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut")
-TEXT_READERS = ("attn2.to_k", "attn2.to_v", "add_k_proj", "add_v_proj")  # what the picture sees of the prompt's tokens
+TEXT_READERS = (("add_k_proj", "add_v_proj"), ("attn2.to_k", "attn2.to_v"))  # beside the first, attn2 is the picture's own
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 ADAPTER = "imagegen-training"
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
@@ -46,12 +46,11 @@ def find_layers(module: torch.nn.Module, kind: str = "attention") -> list[str]:
     if kind == "all" and hasattr(module, "config") and not hasattr(module, "get_input_embeddings"):
         return [name for name, layer in module.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
     if kind == "text" and not hasattr(module, "get_input_embeddings"):
-        found = [name for name, _ in module.named_modules() if name.endswith(TEXT_READERS)]
-        if not found:
-            raise DataError(
-                f"a {type(module).__name__} reads its prompt in no layer of its own: use 'attention' instead of 'text'"
-            )
-        return found
+        for ends in TEXT_READERS:
+            found = [name for name, _ in module.named_modules() if name.endswith(ends)]
+            if found:
+                return found
+        raise DataError(f"a {type(module).__name__} has no layers that read the prompt alone: use 'attention', not 'text'")
     usual = ATTENTION + (CONVOLUTIONS if kind == "convolutions" else ())
     for names in (usual, TEXT_ATTENTION):
         if any(name.endswith(f".{names[0]}") for name, _ in module.named_modules()):

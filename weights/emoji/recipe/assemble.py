@@ -18,15 +18,16 @@ from text import MAX_TOKENS, load_text_encoder
 from transformers import BertModel, BertTokenizerFast
 
 HERE = Path(__file__).resolve().parent
+NUM_LAYERS = 6  # of all-MiniLM-L6-v2
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 NOTICE = """\
 The files in text_encoder/ and tokenizer/ are sentence-transformers/all-MiniLM-L6-v2, licensed under the
 Apache License, Version 2.0 (below). Changes: the upper three layers were trained further on captions of
-pictures (recipe/train_text.py), two layers were added and the table of words was made smaller
-(recipe/settle_text.py), the weights were converted to half precision (float16), and `use_attention_mask`,
-`dtype` and the maximum length were set in the configuration files.
+pictures (recipe/train_text.py), {settled}the weights were converted to half precision (float16), and
+`use_attention_mask`, `dtype` and the maximum length were set in the configuration files.
 
 """
+SETTLED = "two layers were added, the tables of words and of places were shortened (recipe/settle_text.py), "
 
 
 def assemble(
@@ -60,7 +61,8 @@ def assemble(
             os.replace(Path(made) / part, folder / part)
         os.replace(Path(made) / "model_index.json", folder / "model_index.json")
     licence = (HERE.parents[2] / "LICENSE").read_text()
-    (folder / "LICENSE-MiniLM").write_text(NOTICE + licence)
+    taller = text_encoder[1].config.num_hidden_layers > NUM_LAYERS
+    (folder / "LICENSE-MiniLM").write_text(NOTICE.format(settled=SETTLED if taller else "") + licence)
 
 
 def keep_account(work: Path, file: Path) -> None:

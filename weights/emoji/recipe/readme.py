@@ -237,8 +237,8 @@ def write_times(model: imagegen.Model, readme: Path) -> None:
 def count_fuzzing() -> str:
     """Say how much was thrown at the parsers, from what `tests/fuzz.py` wrote down."""
     tried = json.loads((ROOT / "tests" / "fuzz" / "results.json").read_text()).values()
-    runs, least = sum(one["runs"] for one in tried), min(one["minutes"] for one in tried)
-    return f"{len(tried)} parsers, at least {least:.0f} minutes of processor time each: {runs / 1e6:.1f} million files"
+    runs, least = sum(one["runs"] for one in tried), int(min(one["minutes"] for one in tried))
+    return f"{len(tried)} parsers, at least {least} minutes of processor time each: {runs / 1e6:.1f} million files"
 
 
 PARTS: dict[str, Callable[[imagegen.Model, Path, Path], None]] = {

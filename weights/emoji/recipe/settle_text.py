@@ -6,8 +6,8 @@ the second itself alone; they begin as the identity, and everything below them s
 those of the name are that the whole text is nearest to: described things, WordNet's glosses of anything, and beginnings and
 ends of two descriptions. Tokens of captions become what the shipped encoder makes of them, which its denoiser can read.
 
-Reads and writes `text_encoder/` of the work folder. All outputs of the encoder are computed once, then a step takes a tenth
-of a second.
+Reads and writes `text_encoder/` and `tokenizer/` of the work folder. All outputs of the encoder are computed once, then a
+step takes a tenth of a second.
 """
 
 import argparse
@@ -23,7 +23,17 @@ from rich.progress import track
 from text import MAX_TOKENS, embed, load_text_encoder, with_fewer_words, write_text_encoder
 from torch import nn
 from torch.nn import functional as F
-from train_text import SHARPNESS, SHIPPED, Captions, cosines_to, embed_names, measure, read_glosses, wordnet_lines
+from train_text import (
+    SHARPNESS,
+    SHIPPED,
+    Captions,
+    check_same_words,
+    cosines_to,
+    embed_names,
+    measure,
+    read_glosses,
+    wordnet_lines,
+)
 from transformers import BertModel
 
 NUM_ADDED = 2  # layers
@@ -127,6 +137,7 @@ def settle(work: Path, num_steps: int) -> None:
     """Train the added layers, say every 250 steps how they fare on descriptions that no encoder was taught, and write all."""
     torch.manual_seed(0)
     encoder, shipped, captions = load_text_encoder(work), load_text_encoder(SHIPPED), Captions(work)
+    check_same_words(shipped, encoder[0], work)
     names, own_names = embed_names(shipped, captions.names), embed_names(encoder, captions.names)
     untaught = descriptions_for_denoiser().items()
     unseen = [(captions.names.index(name), text) for name, texts in untaught for text in texts][::11]

@@ -13,7 +13,7 @@ import torch
 from transformers import BertModel, BertTokenizerFast
 
 MAX_TOKENS = 32
-LAST_LETTER = "\u0250"  # Latin letters and their signs end here
+LATIN_AND_SIGNS = ("\0", "\u0250"), ("\u2010", "\u20c0")  # from, up to but without: letters, dashes, quotes, currencies
 # sha256 of model.safetensors as sentence-transformers published it.
 ORIGINAL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -42,7 +42,7 @@ def load_text_encoder(work: Path | None = None) -> tuple[BertTokenizerFast, Bert
             tokenizer of fewer words; None: the encoder as it was published.
 
     Raises:
-        SystemExit: there is no such encoder, or the original's package is missing.
+        SystemExit: there is no such encoder, its tokenizer is another's, or the original's package is missing.
     """
     folder = minilm_folder()
     if work is not None and not (work / "text_encoder").is_dir():
@@ -51,6 +51,10 @@ def load_text_encoder(work: Path | None = None) -> tuple[BertTokenizerFast, Bert
     tokenizer = BertTokenizerFast.from_pretrained(work / "tokenizer" if of_fewer_words else folder, model_max_length=MAX_TOKENS)
     tokenizer.model_max_length = MAX_TOKENS
     model = BertModel.from_pretrained(work / "text_encoder" if work else folder).half().float().eval()
+    if len(tokenizer) != model.config.vocab_size:
+        raise SystemExit(
+            f"{work} holds a tokenizer of {len(tokenizer)} words and an encoder of {model.config.vocab_size}: copy both"
+        )
     model.config.use_attention_mask = True  # StableDiffusionPipeline passes the mask only where this stands
     return tokenizer, model
 
@@ -69,6 +73,8 @@ def with_fewer_words(
 ) -> tuple[BertTokenizerFast, BertModel]:
     """Return the encoder with a smaller table of words: what is dropped is spelt in shorter pieces, all else is the same.
 
+    What is written in other letters than Latin becomes unknown, unless the texts have it.
+
     Args:
         encoder: tokenizer and encoder.
         texts: whose words are used most is seen here; Latin letters and signs are kept in any case.
@@ -79,12 +85,15 @@ def with_fewer_words(
     for start in range(0, len(texts), 5000):
         used.update(chain.from_iterable(tokenizer(texts[start : start + 5000], truncation=True).input_ids))
     vocabulary = tokenizer.get_vocab()
-    signs = {number for word, number in vocabulary.items() if len(word.removeprefix("##")) == 1 and word[-1] < LAST_LETTER}
+    single = {number: word[-1] for word, number in vocabulary.items() if len(word.removeprefix("##")) == 1}
+    signs = {number for number, sign in single.items() if any(first <= sign < last for first, last in LATIN_AND_SIGNS)}
     always = signs | set(tokenizer.all_special_ids)
     often = [number for number, _ in used.most_common() if number not in always]
     kept = sorted(always | set(often[: num_words - len(always)]))
     places = {number: place for place, number in enumerate(kept)}
-    smaller = BertTokenizerFast(vocab={word: places[number] for word, number in vocabulary.items() if number in places})
+    smaller = BertTokenizerFast(
+        vocab={word: places[number] for word, number in vocabulary.items() if number in places}, do_lower_case=True
+    )
     smaller.model_max_length = MAX_TOKENS
     config = copy.deepcopy(model.config)
     config.vocab_size, config.max_position_embeddings = len(kept), MAX_TOKENS

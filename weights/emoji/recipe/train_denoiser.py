@@ -301,7 +301,10 @@ def train(
     single_share: float = SINGLE_SHARE,
 ) -> None:
     """Train, or go on training; SIGTERM and Ctrl-C save and leave."""
-    for part, name in (("vae", "autoencoder"), ("text_encoder", "text_encoder")):
+    parts = {"vae": "autoencoder", "tokenizer": "tokenizer", "text_encoder": "text_encoder"}
+    if (work / "text_encoder").exists():
+        del parts["tokenizer"]  # its own, or MiniLM's
+    for part, name in parts.items():
         if start_from and not (work / name).exists():
             shutil.copytree(start_from / part, work / name)
     encoder = load_text_encoder(work)

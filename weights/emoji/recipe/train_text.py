@@ -7,7 +7,7 @@ WordNet's glosses of other things with the concept that is nearest (`glosses.txt
 another concept (`words.txt`): so words that no caption holds lead to a concept, too. Every token of a description learns to
 be nearest to what the concept's name is (`names`).
 
-Reads captions of scenes (`scenes.py`), no pictures are drawn; writes `text_encoder/` into the work folder.
+Reads captions of scenes (`scenes.py`), no pictures are drawn; writes `text_encoder/` and `tokenizer/` into the work folder.
 """
 
 import argparse
@@ -146,13 +146,13 @@ def draw_described(
 def retell(text: str, concept: int, words: Words, chance: random.Random) -> tuple[str, int]:
     """Return a description with some words forgotten, or the same kind of sentence about anything, in words that evoke it."""
     said = text.split()
-    if words and chance.random() < RETOLD:
+    telling = [place for place, word in enumerate(said) if len(word) > 3 and word not in LINKING]
+    if words and telling and chance.random() < RETOLD:
         concept = chance.choice(list(words))
         evoking, weights = zip(*words[concept], strict=True)
-        said = [
-            bent(chance.choices(evoking, weights)[0], chance) if len(word) > 3 and word not in LINKING else word for word in said
-        ]
-    return " ".join(word for word in said if chance.random() >= FORGOTTEN) or text, concept
+        for place in telling:
+            said[place] = bent(chance.choices(evoking, weights)[0], chance)
+    return " ".join(word for word in said if chance.random() >= FORGOTTEN) or " ".join(said), concept
 
 
 def bent(word: str, chance: random.Random) -> str:
@@ -183,6 +183,12 @@ def read_glosses(work: Path, names: list[str]) -> tuple[list[tuple[str, int]], l
         elif text:
             others.append(text)
     return found, others
+
+
+def check_same_words(shipped: tuple, tokenizer, work: Path) -> None:
+    """Raise SystemExit where the shipped encoder and that of the work folder, compared token by token, know other words."""
+    if shipped[0].get_vocab() != tokenizer.get_vocab():
+        raise SystemExit(f"the encoders of {work} and of {SHIPPED} know other words: copy the latter's and its tokenizer over")
 
 
 def wordnet_lines(work: Path, *kinds: str) -> Iterator[str]:
@@ -239,8 +245,7 @@ def train(work: Path, num_steps: int, go_on: bool = False) -> None:
     untaught = descriptions_for_denoiser().items()
     unseen = [(captions.names.index(name), text) for name, texts in untaught for text in texts][::11]
     known = load_text_encoder(SHIPPED if go_on else None)
-    if known[0].get_vocab() != tokenizer.get_vocab():
-        raise SystemExit(f"the encoders of {work} and of {SHIPPED} know other words: copy the latter's and its tokenizer over")
+    check_same_words(known, tokenizer, work)
     names = embed_names(known, captions.names)
     others, _ = read_glosses(work, captions.names)
     others += [(text, captions.names.index(name)) for name, texts in descriptions_for_text().items() for text in texts]
