@@ -478,8 +478,8 @@ def test_dropped_words_are_spelt_in_pieces_and_all_others_say_the_same(tmp_path)
     model = BertModel.from_pretrained(embedded_folder() / "text_encoder").float().eval()
     model.config.use_attention_mask = True
     kept = "a striped hunter of the jungle, éclair?"
-    smaller = with_fewer_words((tokenizer, model), [kept] * 2 + ["accordion", "xylophone"], 232)
-    assert smaller[1].embeddings.word_embeddings.weight.shape[0] == len(smaller[0].get_vocab()) == 232
+    smaller = with_fewer_words((tokenizer, model), [kept] * 2 + ["accordion", "xylophone"], 360)
+    assert smaller[1].embeddings.word_embeddings.weight.shape[0] == len(smaller[0].get_vocab()) == 360
     torch.testing.assert_close(embed(smaller, [kept]), embed((tokenizer, model), [kept]))
     assert "[UNK]" not in smaller[0].tokenize("a xylophone player's handkerchief 42 $")
     assert len(smaller[0].tokenize("handkerchief")) > len(tokenizer.tokenize("handkerchief"))

@@ -89,7 +89,7 @@ def with_fewer_words(
     signs = {number for number, sign in single.items() if any(first <= sign < last for first, last in LATIN_AND_SIGNS)}
     always = signs | set(tokenizer.all_special_ids)
     often = [number for number, _ in used.most_common() if number not in always]
-    kept = sorted(always | set(often[: num_words - len(always)]))
+    kept = sorted(always | set(often[: max(0, num_words - len(always))]))
     places = {number: place for place, number in enumerate(kept)}
     smaller = BertTokenizerFast(
         vocab={word: places[number] for word, number in vocabulary.items() if number in places}, do_lower_case=True
