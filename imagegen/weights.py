@@ -169,7 +169,9 @@ def component_weights(folder: Path, variant: str | None = None) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
-        wrong = [name for name in names if not isinstance(name, str) or Path(name).name != name or "\\" in name]
+        wrong = [
+            name for name in names if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{str(index)!r} is no index of shards that can be read ({error}): copy or download it again") from None
     if wrong:
