@@ -166,12 +166,14 @@ def component_weights(folder: Path, variant: str | None = None) -> list[Path]:
     raise ModelError(f"{str(folder)!r} lacks its weights, {' or '.join(f'{stem}.safetensors' for stem in STEMS)}: {there}")
 
 
+def _lies_beside(name: str) -> bool:
+    return name not in ("", "..") and Path(name).name == name and "\\" not in name
+
+
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
-        wrong = [
-            name for name in names if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\\" in name
-        ]
+        wrong = [name for name in names if not (isinstance(name, str) and _lies_beside(name))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{str(index)!r} is no index of shards that can be read ({error}): copy or download it again") from None
     if wrong:

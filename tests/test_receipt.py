@@ -77,6 +77,11 @@ def test_follows_the_published_schema():
         ('{"version": 1}', "'request' is missing"),
         (make(request=REQUEST | {"seed": "7"}).to_json(), "'seed'"),
         (make(model={"source": 3, "sha256": {}}).to_json(), "no source or weight hashes"),
+        (make(model={"source": "a", "sha256": {"unet/a": 3}}).to_json(), "weight hash that is no text"),
+        (make(model={"source": "a", "sha256": {}, "control": []}).to_json(), "a control or a style"),
+        (make(request=REQUEST | {"guidance": 10**400}).to_json(), "'guidance'"),
+        (make(request=REQUEST | {"strength": "1"}).to_json(), "'strength'"),
+        (make(loras=[{"weight": "1"}]).to_json(), "no LoRA with a weight"),
     ],
 )
 def test_damaged_receipts_say_so(text, says):

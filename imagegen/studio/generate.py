@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from imagegen.receipt import read_receipt, remembered_prompt
 from imagegen.request import RequestError
@@ -31,9 +31,6 @@ from imagegen.studio.parts import (
     upload_path,
 )
 from imagegen.variations import VARIATIONS
-
-if TYPE_CHECKING:
-    pass
 
 MAX_PICTURES = 4
 MAX_STEPS = 100
